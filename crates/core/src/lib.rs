@@ -1,0 +1,14 @@
+//! The decisions of a Holdfast cluster, and nothing else.
+//!
+//! This crate is pure: no async runtime, no clock, no randomness, no files,
+//! no sockets. Time and ids come in as arguments, decisions go out as data.
+//! Everything that a cluster agrees on is [`ClusterState`], changed only by
+//! [`ClusterState::apply`]; everything that the coordinator decides comes from
+//! [`plan::plan`] and passes [`check::check`] before it is committed.
+
+pub mod lease;
+pub mod model;
+pub mod state;
+
+pub use model::*;
+pub use state::{ClusterState, Command, Proposal, Refusal, Reply};
