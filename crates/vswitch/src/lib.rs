@@ -27,7 +27,8 @@ mod sys;
 mod tap;
 mod vlan;
 
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
 
 use rtnetlink::Handle;
 use tokio::sync::Mutex;
@@ -46,6 +47,9 @@ pub struct Vswitch {
     /// Changes read what is there first; two at once would act on what the other is changing.
     /// Announcements do not take it: nothing may hold them up.
     changing: Arc<Mutex<()>>,
+    /// For announcements; opened once because closing a packet socket waits for an RCU grace
+    /// period, which was measured to take 8 ms.
+    frames: Arc<OnceLock<OwnedFd>>,
 }
 
 impl Vswitch {
@@ -63,6 +67,7 @@ impl Vswitch {
         Ok(Vswitch {
             handle,
             changing: Arc::default(),
+            frames: Arc::default(),
         })
     }
 }
