@@ -6,9 +6,16 @@
 //! [`ClusterState::apply`]; everything that the coordinator decides comes from
 //! [`plan::plan`] and passes [`check::check`] before it is committed.
 
+pub mod check;
+pub mod explain;
 pub mod lease;
 pub mod model;
+pub mod observed;
+pub mod placement;
+pub mod plan;
 pub mod state;
 
 pub use model::*;
-pub use state::{ClusterState, Command, Proposal, Refusal, Reply};
+pub use observed::{NodeObserved, NodeReport, Observed, Run, VmReport, WorkReport};
+pub use plan::{Action, Decision, Ended, Evidence, Plan};
+pub use state::{ClusterState, Command, NewNode, Proposal, Refusal, Reply};

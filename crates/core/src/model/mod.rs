@@ -1,9 +1,17 @@
 //! What a cluster consists of, in the words of the field.
 
+mod cause;
+mod cluster;
 mod ids;
+mod job;
+mod network;
 mod node;
 mod vm;
 
+pub use cause::*;
+pub use cluster::*;
 pub use ids::*;
+pub use job::*;
+pub use network::*;
 pub use node::*;
 pub use vm::*;

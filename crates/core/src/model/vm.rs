@@ -24,6 +24,8 @@ pub struct Vm {
     pub last_epoch: Epoch,
     /// What the node that may run it last said of it, for the current epoch.
     pub seen: Seen,
+    /// The guest was asked to shut down in this epoch and shall start again.
+    pub restart: Option<Epoch>,
     /// Where its disks stand in their making.
     pub disks: DiskStage,
     /// Why it does not run although it should.
@@ -157,7 +159,7 @@ pub enum Desired {
     Running,
     /// Its RAM is kept, its processors stand still.
     Paused,
-    /// It is off; `force` cuts its power instead of asking the guest.
+    /// It is off; the guest is asked to shut down first.
     #[default]
     Stopped,
     /// It is off at once, whatever the guest is doing.
@@ -323,6 +325,17 @@ impl Vm {
     pub fn directory(id: VmId, name: &str) -> String {
         let short = &id.0.simple().to_string()[..8];
         format!("vms/{name}-{short}")
+    }
+}
+
+impl VmSpec {
+    /// Whether any of its files is on a volume.
+    pub fn uses_volume(&self, volume: &str) -> bool {
+        self.disks.iter().any(|disk| disk.volume == volume)
+            || self
+                .direct_boot
+                .as_ref()
+                .is_some_and(|boot| boot.volume == volume)
     }
 }
 

@@ -1,0 +1,76 @@
+//! Why a VM is where it is, as a chain of causes for a person.
+
+use crate::model::*;
+use crate::state::ClusterState;
+
+/// One line of an explanation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// When, milliseconds since the Unix epoch; `None` for how things stand now.
+    pub at_ms: Option<u64>,
+    /// What is or was so, and why.
+    pub text: String,
+}
+
+/// How a VM stands and the causes that led there, oldest first.
+pub fn explain(state: &ClusterState, vm: &Vm) -> Vec<Line> {
+    let mut lines = vec![Line {
+        at_ms: None,
+        text: standing(state, vm),
+    }];
+    lines.extend(vm.causes.iter().map(|because| Line {
+        at_ms: Some(because.at_ms),
+        text: format!("{}, because {}", because.what, because.cause),
+    }));
+    lines
+}
+
+/// How a VM stands, in one sentence.
+pub fn standing(state: &ClusterState, vm: &Vm) -> String {
+    let name = &vm.name;
+    match (&vm.disks, &vm.placement) {
+        (DiskStage::Making { node, .. }, _) => format!(
+            "{name}: its disks are being made on {}",
+            state.node_name(*node)
+        ),
+        (DiskStage::Deleting { node, .. }, _) => {
+            format!("{name} is being deleted on {}", state.node_name(*node))
+        }
+        (_, Placement::Nowhere) => match (&vm.hold, vm.desired.wants_qemu()) {
+            (Some(Hold::NoRoom { why }), true) => {
+                format!("{name} should run but no node has room ({why}); it starts when one has")
+            }
+            (Some(Hold::Failed { why }), true) => {
+                format!("{name} should run but failed ({why}); start it again by hand")
+            }
+            (Some(Hold::NotProtected), true) => {
+                format!(
+                    "{name} should run, but its priority is none, so it was not restarted elsewhere; start it by hand"
+                )
+            }
+            (None, true) => format!("{name} should run and is about to be placed"),
+            (_, false) => format!("{name} is off, as wanted"),
+        },
+        (_, Placement::On(tenure)) => {
+            let node = state.node_name(tenure.node);
+            let how = match vm.seen {
+                Seen::Nothing => "is to start",
+                Seen::Starting => "starts",
+                Seen::Running => "runs",
+                Seen::Paused => "is paused",
+                Seen::Stopping => "shuts down",
+            };
+            format!(
+                "{name} {how} on {node} (epoch {}, term {} of the node)",
+                tenure.epoch, tenure.term
+            )
+        }
+        (_, Placement::Moving { from, to, job, .. }) => format!(
+            "{name} is being migrated from {} (epoch {}) to {} (epoch {}) by job {job}",
+            state.node_name(from.node),
+            from.epoch,
+            state.node_name(to.node),
+            to.epoch
+        ),
+    }
+}

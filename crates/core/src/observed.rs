@@ -1,0 +1,135 @@
+//! What the coordinator sees: leases from its lease thread, reports from the
+//! nodes' agents. None of it is replicated: a new coordinator sees it anew.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::*;
+
+/// Everything that the coordinator sees.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Observed {
+    /// By node; a node that is missing was not heard of yet.
+    pub nodes: BTreeMap<NodeId, NodeObserved>,
+    /// No lease of an earlier, longer timing can be out any more.
+    pub longer_leases_over: bool,
+}
+
+/// What the coordinator sees of one node.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NodeObserved {
+    /// Its lease in the current term has certainly ended.
+    pub lease_ended: bool,
+    /// For how long it was not answered, in milliseconds.
+    pub silent_ms: u64,
+    /// The life of the keeper that asks for a lease.
+    pub heard: Option<Incarnation>,
+    /// The last report of its agent.
+    pub report: Option<NodeReport>,
+}
+
+/// What a node's agent says, whole each time.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// The life of its keeper.
+    pub incarnation: Incarnation,
+    /// The term of its lease.
+    pub term: NodeTerm,
+    /// What it says of itself.
+    pub facts: NodeFacts,
+    /// Its QEMUs.
+    pub vms: BTreeMap<VmId, VmReport>,
+    /// Its work on disks.
+    pub work: BTreeMap<JobId, WorkReport>,
+    /// Volumes that it does not reach, and why.
+    pub unreachable: BTreeMap<String, String>,
+}
+
+/// What a node says of one of its QEMUs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmReport {
+    /// Under which epoch it was started.
+    pub epoch: Epoch,
+    /// How it is.
+    pub run: Run,
+}
+
+/// How a QEMU is. Every word is final where it says so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Run {
+    /// On its way.
+    Starting,
+    /// The guest runs here.
+    Running,
+    /// The guest is here and stands still.
+    Paused,
+    /// The guest was asked to shut down.
+    Stopping,
+    /// A migration's target: waits for the guest at this address.
+    Waiting {
+        /// `ADDRESS:PORT` on the migration network.
+        address: String,
+    },
+    /// A migration's source: the guest is here, RAM is on its way.
+    Sending {
+        /// How far.
+        progress: Progress,
+    },
+    /// A migration's source, final: it was given up, the guest is here.
+    Kept {
+        /// Why.
+        why: String,
+    },
+    /// A migration's source, final: the guest is never continued here.
+    Sent,
+    /// Final: QEMU is dead, the epoch is used up.
+    Exited {
+        /// What it left behind.
+        detail: String,
+    },
+    /// Final: QEMU could not be started, the epoch is used up.
+    StartFailed {
+        /// What stopped it.
+        detail: String,
+    },
+    /// The guest shut itself down; QEMU waits to be ended.
+    GuestShutdown,
+}
+
+impl Run {
+    /// Whether nothing of it is left.
+    pub fn is_over(&self) -> bool {
+        matches!(self, Run::Exited { .. } | Run::StartFailed { .. })
+    }
+}
+
+/// What a node says of its work on disks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkReport {
+    /// How far.
+    pub progress: Progress,
+    /// How it ended.
+    pub end: Option<Result<(), String>>,
+}
+
+impl NodeObserved {
+    /// The last report, if it speaks for the node's current term.
+    pub fn report_in_term(&self, node: &Node) -> Option<&NodeReport> {
+        self.report
+            .as_ref()
+            .filter(|report| report.incarnation == node.incarnation && report.term == node.term)
+    }
+}
+
+impl Observed {
+    /// What the node said of its QEMU of `vm` for this very tenure.
+    pub fn run_of(&self, node: &Node, vm: VmId, tenure: &Tenure) -> Option<&Run> {
+        let report = self.nodes.get(&tenure.node)?.report_in_term(node)?;
+        report
+            .vms
+            .get(&vm)
+            .filter(|report| report.epoch == tenure.epoch && node.term == tenure.term)
+            .map(|report| &report.run)
+    }
+}

@@ -1,0 +1,274 @@
+//! Commands: every way in which the state can change.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::model::*;
+use crate::plan::Decision;
+
+/// A change to the state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    /// Founds the cluster with its first node.
+    Found {
+        /// The cluster.
+        cluster: Cluster,
+        /// Its first node, which gets number 1.
+        node: NewNode,
+    },
+    /// Makes a token with which one host may join.
+    AddJoinToken {
+        /// SHA-256 of the token, in hexadecimal.
+        digest: String,
+        /// From when on it is worth nothing, milliseconds since the Unix epoch.
+        expires_ms: u64,
+    },
+    /// Lets a host join with a token, and uses the token up.
+    Join {
+        /// SHA-256 of the token, in hexadecimal.
+        digest: String,
+        /// The host.
+        node: NewNode,
+    },
+    /// Removes a node. Unless it is lost, no VM may be on it.
+    RemoveNode {
+        /// Which.
+        node: NodeId,
+    },
+    /// What a node says of itself.
+    SetFacts {
+        /// Which.
+        node: NodeId,
+        /// Its facts.
+        facts: NodeFacts,
+    },
+    /// Chooses how fast a lost node is noticed.
+    SetProfile {
+        /// The profile.
+        profile: Profile,
+    },
+    /// Makes a token for the API.
+    AddApiToken {
+        /// Its name.
+        name: String,
+        /// SHA-256 of the token, in hexadecimal.
+        digest: String,
+    },
+    /// Revokes a token for the API.
+    RemoveApiToken {
+        /// Its name.
+        name: String,
+    },
+    /// Renames a network or changes its use.
+    SetNetwork {
+        /// Its current name or its subnet.
+        network: String,
+        /// Its new name.
+        name: Option<String>,
+        /// Its new use.
+        roles: Option<Roles>,
+        /// Its new metric.
+        metric: Option<u32>,
+    },
+    /// Adds a virtual switch.
+    AddSwitch {
+        /// Its name.
+        name: String,
+        /// What it reaches.
+        kind: SwitchKind,
+    },
+    /// Removes a virtual switch that no NIC uses.
+    RemoveSwitch {
+        /// Its name.
+        name: String,
+    },
+    /// Adds a volume that every node was seen to reach.
+    AddVolume {
+        /// Its name.
+        name: String,
+        /// Its identity, already written on it.
+        id: Uuid,
+        /// What is behind it.
+        kind: VolumeKind,
+    },
+    /// Removes a volume that no VM uses; what is on it stays.
+    RemoveVolume {
+        /// Its name.
+        name: String,
+    },
+    /// Creates a VM whose disks are still to be made.
+    CreateVm {
+        /// Its identity.
+        id: VmId,
+        /// Its name.
+        name: String,
+        /// Its hardware.
+        spec: VmSpec,
+        /// The node that makes its disks.
+        node: NodeId,
+        /// What to fill them from.
+        sources: Sources,
+    },
+    /// Changes what the user wants of a VM.
+    SetDesired {
+        /// Which.
+        vm: VmId,
+        /// What is wanted.
+        desired: Desired,
+    },
+    /// Shuts the guest down and starts it again.
+    RestartVm {
+        /// Which.
+        vm: VmId,
+    },
+    /// Deletes a VM that is off, and its disks.
+    DeleteVm {
+        /// Which.
+        vm: VmId,
+        /// The node that deletes its disks.
+        node: NodeId,
+    },
+    /// Moves a VM while it runs.
+    MigrateVm {
+        /// Which.
+        vm: VmId,
+        /// Where to; the node with the most room when none is named.
+        to: Option<NodeId>,
+    },
+    /// Stops a job where that is possible.
+    CancelJob {
+        /// Which.
+        job: JobId,
+    },
+    /// What the coordinator decided, all of it or nothing.
+    Decide {
+        /// The revision of the state that it was decided on.
+        revision: u64,
+        /// The decisions, in order.
+        decisions: Vec<Decision>,
+    },
+}
+
+/// A host that becomes a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewNode {
+    /// Its name.
+    pub name: String,
+    /// Where its agent answers other nodes: TLS over TCP.
+    pub port: u16,
+    /// Where its lease thread answers heartbeats: UDP.
+    pub heartbeat_port: u16,
+    /// Its X25519 public key.
+    pub heartbeat_key: [u8; 32],
+    /// What it says of itself.
+    pub facts: NodeFacts,
+}
+
+/// A command on its way through consensus.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// A retry carries the same id and is applied once.
+    pub id: RequestId,
+    /// When it was proposed, milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// Who asked for it.
+    pub by: String,
+    /// What to change.
+    pub command: Command,
+}
+
+/// What became of a command.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Applied.
+    Done,
+    /// Applied; this job does the rest.
+    Job(JobId),
+    /// Applied; the host is this node now.
+    Node(NodeId),
+    /// Refused; nothing changed.
+    Refused(Refusal),
+}
+
+/// Why a command was refused. The text says what to do; [`Refusal::code`] is
+/// for programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// There is a cluster already.
+    #[error("this host already belongs to cluster {name:?}: a host can be in one cluster only")]
+    AlreadyFounded {
+        /// Its name.
+        name: String,
+    },
+    /// No such thing.
+    #[error("there is no {what} {name:?}")]
+    Unknown {
+        /// `vm`, `node` ...
+        what: String,
+        /// What was asked for.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("there is already a {what} {name:?}: choose another name")]
+    Duplicate {
+        /// `vm`, `node` ...
+        what: String,
+        /// The name.
+        name: String,
+    },
+    /// A name, a number or a combination that cannot be.
+    #[error("{0}")]
+    Invalid(String),
+    /// The token was never issued, or expired, or was used.
+    #[error("{0}")]
+    Token(String),
+    /// Its state does not allow it.
+    #[error("{0}")]
+    Conflict(String),
+    /// No node has room for it.
+    #[error("{vm:?} fits no node: {why}")]
+    NoRoom {
+        /// The VM.
+        vm: String,
+        /// What each node lacks.
+        why: String,
+    },
+    /// Decided on a state that has changed since.
+    #[error("decided on revision {planned}, but the state is at {current}: decide again")]
+    Stale {
+        /// The revision of the plan.
+        planned: u64,
+        /// The revision now.
+        current: u64,
+    },
+}
+
+impl Refusal {
+    /// A word for programs, stable across versions.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Refusal::AlreadyFounded { .. } => "already_in_cluster",
+            Refusal::Unknown { .. } => "not_found",
+            Refusal::Duplicate { .. } => "already_exists",
+            Refusal::Invalid(_) => "invalid",
+            Refusal::Token(_) => "bad_token",
+            Refusal::Conflict(_) => "conflict",
+            Refusal::NoRoom { .. } => "no_room",
+            Refusal::Stale { .. } => "stale",
+        }
+    }
+
+    pub(crate) fn unknown(what: &str, name: impl ToString) -> Self {
+        Refusal::Unknown {
+            what: what.into(),
+            name: name.to_string(),
+        }
+    }
+
+    pub(crate) fn duplicate(what: &str, name: &str) -> Self {
+        Refusal::Duplicate {
+            what: what.into(),
+            name: name.into(),
+        }
+    }
+}

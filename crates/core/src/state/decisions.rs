@@ -1,0 +1,284 @@
+//! What each decision of the coordinator does to the state.
+//!
+//! The coordinator tries its decisions on a copy of the state first, with this
+//! same code, so a decision that does not apply here is a defect: it is passed
+//! over (on every node alike) rather than half-done.
+
+use crate::model::*;
+use crate::plan::{Action, Decision};
+
+use super::ClusterState;
+
+impl ClusterState {
+    pub(crate) fn decide(&mut self, at_ms: u64, decision: &Decision) {
+        let cause = &decision.cause;
+        match &decision.action {
+            Action::DeclareLost { node } => self.declare_lost(at_ms, *node, cause),
+            Action::Admit { node, incarnation } => self.admit(at_ms, *node, *incarnation),
+            Action::Place { vm, node, after: _ } => self.place(at_ms, *vm, *node, cause),
+            Action::Vacate { vm, after: _ } => {
+                let Some(vm) = self.vms.get_mut(vm) else {
+                    return;
+                };
+                vm.placement = Placement::Nowhere;
+                vm.seen = Seen::Nothing;
+                vm.restart = None;
+                vm.remember(at_ms, "runs nowhere", cause.clone());
+                let (subject, text) = (format!("vm {}", vm.name), format!("is off: {cause}"));
+                self.event(at_ms, Severity::Info, subject, text);
+            }
+            Action::Hold { vm, hold } => {
+                let Some(vm) = self.vms.get_mut(vm) else {
+                    return;
+                };
+                vm.hold = Some(hold.clone());
+                vm.remember(at_ms, "stays off", cause.clone());
+                let (subject, text) = (format!("vm {}", vm.name), format!("stays off: {cause}"));
+                self.event(at_ms, Severity::Error, subject, text);
+            }
+            Action::SwitchOff { vm } => {
+                let Some(vm) = self.vms.get_mut(vm) else {
+                    return;
+                };
+                vm.desired = Desired::Stopped;
+                vm.remember(at_ms, "to be off", cause.clone());
+            }
+            Action::GiveUpStop { vm } => {
+                let Some(vm) = self.vms.get_mut(vm) else {
+                    return;
+                };
+                vm.desired = Desired::Running;
+                let (vm, why) = (vm.id, cause.to_string());
+                self.end_jobs_of(
+                    at_ms,
+                    vm,
+                    |work| matches!(work, Work::Stop),
+                    &Outcome::Failed { why },
+                );
+            }
+            Action::GiveUpRestart { vm } => {
+                let Some(vm) = self.vms.get_mut(vm) else {
+                    return;
+                };
+                vm.restart = None;
+                let (vm, why) = (vm.id, cause.to_string());
+                self.end_jobs_of(
+                    at_ms,
+                    vm,
+                    |work| matches!(work, Work::Restart { .. }),
+                    &Outcome::Failed { why },
+                );
+            }
+            Action::Transfer {
+                vm,
+                address: listens,
+            } => {
+                if let Some(Placement::Moving { stage, .. }) =
+                    self.vms.get_mut(vm).map(|vm| &mut vm.placement)
+                {
+                    *stage = MoveStage::Transferring {
+                        address: listens.clone(),
+                    };
+                }
+            }
+            Action::FinishMove { vm } => self.end_move(at_ms, *vm, true, cause),
+            Action::AbortMove { vm } => self.end_move(at_ms, *vm, false, cause),
+            Action::Saw { vm, seen } => self.saw(at_ms, *vm, seen),
+            Action::Progress { job, progress } => {
+                if let Some(job) = self.jobs.get_mut(job) {
+                    job.progress = progress.clone();
+                }
+            }
+            Action::DisksMade { vm } => {
+                let Some(vm) = self.vms.get_mut(vm) else {
+                    return;
+                };
+                if let DiskStage::Making { sources, .. } = std::mem::take(&mut vm.disks)
+                    && sources.start
+                {
+                    vm.desired = Desired::Running;
+                    vm.remember(at_ms, "to be started", cause.clone());
+                }
+            }
+            Action::DisksFailed { vm, why } => {
+                // Nothing half-made: a VM whose disks could not be made never was.
+                if let Some(vm) = self.vms.remove(vm) {
+                    self.end_jobs_of(
+                        at_ms,
+                        vm.id,
+                        |_| true,
+                        &Outcome::Failed { why: why.clone() },
+                    );
+                }
+            }
+            Action::DisksDeleted { vm } => {
+                self.vms.remove(vm);
+            }
+            Action::DeleteFailed { vm, why } => {
+                let Some(vm) = self.vms.get_mut(vm) else {
+                    return;
+                };
+                vm.disks = DiskStage::Ready;
+                let vm = vm.id;
+                self.end_jobs_of(
+                    at_ms,
+                    vm,
+                    |work| matches!(work, Work::Delete),
+                    &Outcome::Failed { why: why.clone() },
+                );
+            }
+            Action::LeasesSettled => self.settings.longest_lease = self.settings.profile.timing(),
+        }
+    }
+
+    fn declare_lost(&mut self, at_ms: u64, id: NodeId, cause: &Cause) {
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        node.membership = Membership::Lost { since_ms: at_ms };
+        let subject = format!("node {}", node.name);
+        self.event(at_ms, Severity::Error, subject, format!("is lost: {cause}"));
+    }
+
+    fn admit(&mut self, at_ms: u64, id: NodeId, incarnation: Incarnation) {
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        let first = node.term == NodeTerm(0);
+        node.membership = Membership::Up;
+        node.term = node.term.next();
+        node.incarnation = incarnation;
+        let (subject, term) = (format!("node {}", node.name), node.term);
+        let text = if first {
+            "is up".to_owned()
+        } else {
+            format!("is up again (term {term})")
+        };
+        self.event(at_ms, Severity::Info, subject, text);
+    }
+
+    fn place(&mut self, at_ms: u64, id: VmId, node: NodeId, cause: &Cause) {
+        let Some(term) = self.nodes.get(&node).map(|node| node.term) else {
+            return;
+        };
+        let node_name = self.node_name(node);
+        let window_ms = self.settings.crash_window_s * 1000;
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        if let Cause::Exited { node, .. } | Cause::StartFailed { node, .. } = cause {
+            vm.crashes.retain(|crash| crash.at_ms + window_ms > at_ms);
+            vm.crashes.push(Crash { at_ms, node: *node });
+        }
+        let moving = match &vm.placement {
+            Placement::Moving { job, .. } => Some(*job),
+            _ => None,
+        };
+        vm.last_epoch = vm.last_epoch.next();
+        vm.placement = Placement::On(Tenure {
+            node,
+            term,
+            epoch: vm.last_epoch,
+        });
+        vm.seen = Seen::Nothing;
+        vm.restart = None;
+        vm.hold = None;
+        let epoch = vm.last_epoch;
+        vm.remember(
+            at_ms,
+            format!("to run on {node_name} (epoch {epoch})"),
+            cause.clone(),
+        );
+        let subject = format!("vm {}", vm.name);
+        let severity = match cause {
+            Cause::LeaseEnded { .. }
+            | Cause::KeeperRestarted { .. }
+            | Cause::Exited { .. }
+            | Cause::StartFailed { .. } => Severity::Warning,
+            _ => Severity::Info,
+        };
+        self.event(
+            at_ms,
+            severity,
+            subject,
+            format!("starts on {node_name}: {cause}"),
+        );
+        if let Some(job) = moving {
+            self.end_job(
+                at_ms,
+                job,
+                Outcome::Failed {
+                    why: format!("the VM had to be started anew: {cause}"),
+                },
+            );
+        }
+    }
+
+    fn end_move(&mut self, at_ms: u64, id: VmId, finished: bool, cause: &Cause) {
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        let Placement::Moving {
+            from,
+            to,
+            job,
+            cancel,
+            ..
+        } = vm.placement.clone()
+        else {
+            return;
+        };
+        let owner = if finished { to } else { from };
+        vm.placement = Placement::On(owner);
+        let what = if finished {
+            "was migrated"
+        } else {
+            "stays where it was"
+        };
+        vm.remember(at_ms, what, cause.clone());
+        let outcome = match (finished, cancel) {
+            (true, _) => Outcome::Done,
+            (false, true) => Outcome::Cancelled,
+            (false, false) => Outcome::Failed {
+                why: cause.to_string(),
+            },
+        };
+        self.end_job(at_ms, job, outcome);
+    }
+
+    fn saw(&mut self, at_ms: u64, id: VmId, seen: &Seen) {
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        let was = std::mem::replace(&mut vm.seen, seen.clone());
+        let (subject, node) = (format!("vm {}", vm.name), vm.node());
+        let on = node.map_or_else(String::new, |node| format!(" on {}", self.node_name(node)));
+        match (was, seen) {
+            (Seen::Paused, Seen::Running) => {
+                self.event(at_ms, Severity::Info, subject, format!("goes on{on}"))
+            }
+            (_, Seen::Running) => self.event(at_ms, Severity::Info, subject, format!("runs{on}")),
+            (_, Seen::Paused) => {
+                self.event(at_ms, Severity::Info, subject, format!("is paused{on}"))
+            }
+            _ => {}
+        }
+    }
+
+    fn end_jobs_of(
+        &mut self,
+        at_ms: u64,
+        vm: VmId,
+        which: impl Fn(&Work) -> bool,
+        outcome: &Outcome,
+    ) {
+        let jobs: Vec<_> = self
+            .running_jobs()
+            .filter(|job| job.vm == vm && which(&job.work))
+            .map(|job| job.id)
+            .collect();
+        for job in jobs {
+            self.end_job(at_ms, job, outcome.clone());
+        }
+    }
+}

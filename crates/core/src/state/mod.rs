@@ -1,0 +1,151 @@
+//! The one truth: the replicated state and how it changes.
+
+mod command;
+mod commands;
+mod decisions;
+mod jobs;
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::*;
+
+pub use command::{Command, NewNode, Proposal, Refusal, Reply};
+
+/// How many events are kept.
+const EVENTS_KEPT: usize = 1000;
+/// How many ended jobs are kept.
+const JOBS_KEPT: usize = 200;
+/// How many answered requests are remembered, to recognise a retry.
+const REQUESTS_KEPT: usize = 512;
+/// How many causes each VM remembers.
+const CAUSES_KEPT: usize = 16;
+
+/// Everything that the cluster agrees on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ClusterState {
+    /// Counts applied commands.
+    pub revision: u64,
+    /// What makes this cluster this cluster; empty before it was founded.
+    pub cluster: Cluster,
+    /// What its administrators chose.
+    pub settings: Settings,
+    /// Its nodes.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// The last node id that was given.
+    pub last_node: NodeId,
+    /// Tokens to join with, by the SHA-256 of the token.
+    pub join_tokens: BTreeMap<String, JoinToken>,
+    /// Tokens to use the API with, by name.
+    pub api_tokens: BTreeMap<String, ApiToken>,
+    /// Networks, by subnet.
+    pub networks: BTreeMap<String, Network>,
+    /// Virtual switches, by name.
+    pub switches: BTreeMap<String, SwitchKind>,
+    /// Volumes, by name.
+    pub volumes: BTreeMap<String, Volume>,
+    /// Virtual machines.
+    pub vms: BTreeMap<VmId, Vm>,
+    /// Jobs, those that go on and the last ones that ended.
+    pub jobs: BTreeMap<JobId, Job>,
+    /// The last job id that was given.
+    pub last_job: JobId,
+    /// What happened lately, oldest first.
+    pub events: VecDeque<Event>,
+    /// The last event's index.
+    pub last_event: u64,
+    /// Requests that were answered lately, oldest first.
+    answered: VecDeque<(RequestId, Reply)>,
+}
+
+impl ClusterState {
+    /// Applies a committed proposal. Deterministic: the same state and proposal
+    /// give the same result on every node. A proposal that was applied before
+    /// changes nothing and gets the same reply.
+    pub fn apply(&mut self, proposal: &Proposal) -> Reply {
+        if let Some((_, reply)) = self
+            .answered
+            .iter()
+            .rev()
+            .find(|(id, _)| *id == proposal.id)
+        {
+            return reply.clone();
+        }
+        let reply = match self.execute(proposal) {
+            Ok(reply) => reply,
+            Err(refusal) => Reply::Refused(refusal),
+        };
+        self.revision += 1;
+        self.settle_jobs(proposal.at_ms);
+        self.answered.push_back((proposal.id, reply.clone()));
+        while self.answered.len() > REQUESTS_KEPT {
+            self.answered.pop_front();
+        }
+        reply
+    }
+
+    /// The node with this name.
+    pub fn node_named(&self, name: &str) -> Option<&Node> {
+        self.nodes.values().find(|node| node.name == name)
+    }
+
+    /// A node's name for messages; its number when it is gone.
+    pub fn node_name(&self, id: NodeId) -> String {
+        self.nodes
+            .get(&id)
+            .map_or_else(|| format!("node {id}"), |node| node.name.clone())
+    }
+
+    /// The VM with this name.
+    pub fn vm_named(&self, name: &str) -> Option<&Vm> {
+        self.vms.values().find(|vm| vm.name == name)
+    }
+
+    /// Whether a right to run a VM is void: its node is gone, lost, or was
+    /// admitted anew since.
+    pub fn is_void(&self, tenure: &Tenure) -> bool {
+        self.nodes
+            .get(&tenure.node)
+            .is_none_or(|node| !node.is_up() || node.term != tenure.term)
+    }
+
+    /// The jobs that go on.
+    pub fn running_jobs(&self) -> impl Iterator<Item = &Job> {
+        self.jobs.values().filter(|job| job.end.is_none())
+    }
+
+    fn event(
+        &mut self,
+        at_ms: u64,
+        severity: Severity,
+        subject: impl Into<String>,
+        text: impl Into<String>,
+    ) {
+        self.last_event += 1;
+        self.events.push_back(Event {
+            index: self.last_event,
+            at_ms,
+            severity,
+            subject: subject.into(),
+            text: text.into(),
+        });
+        while self.events.len() > EVENTS_KEPT {
+            self.events.pop_front();
+        }
+    }
+}
+
+impl Vm {
+    /// Remembers why something was decided, for `holdfast explain`.
+    fn remember(&mut self, at_ms: u64, what: impl Into<String>, cause: Cause) {
+        self.causes.push(Because {
+            at_ms,
+            what: what.into(),
+            cause,
+        });
+        if self.causes.len() > CAUSES_KEPT {
+            self.causes.remove(0);
+        }
+    }
+}
