@@ -58,7 +58,7 @@ impl Vswitch {
     /// bridge keeps its ports, so prepare it when the target's QEMU is ready.
     ///
     /// # Errors
-    /// [`Error::NoBridge`], [`Error::NoTap`], or the kernel refuses.
+    /// [`Error::NoBridge`], [`Error::NoTap`], [`Error::TapIdle`], or the kernel refuses.
     pub async fn prepare_announcement(
         &self,
         bridge: &str,
@@ -78,6 +78,13 @@ impl Vswitch {
                 tap: tap.to_owned(),
                 bridge: bridge.name.clone(),
             })?;
+        // The port of a tap that was made just now may still forward, so the kernel cannot be left
+        // to refuse this.
+        if !tap.carrier {
+            return Err(Error::TapIdle {
+                tap: tap.name.clone(),
+            });
+        }
         let vlans = match bridge.bridge() {
             Some(settings) if settings.vlan_filtering => Some(self.vlans().await?),
             _ => None,
@@ -171,7 +178,7 @@ impl Announcement {
     /// Makes this bridge deliver the guest's frames to its tap and tells the network beyond. Call
     /// it after the source has paused the guest (a guest that still sends would pull its address
     /// back) and before the target resumes it. Takes a fraction of a millisecond
-    /// (median 0.3 ms measured, debug build, busy machine). May be repeated.
+    /// (0.03 ms measured, median of 101, debug build). May be repeated.
     ///
     /// # Errors
     /// [`Error::TapIdle`] when no process has the tap open; [`Error::Announce`] when a frame could
