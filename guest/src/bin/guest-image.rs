@@ -122,11 +122,27 @@ fn collect(
         Some("zst") => decompress("zstd", &read(path)?)?,
         _ => read(path)?,
     };
+    let content = unsigned(content);
     for dependency in dependencies(&content) {
         collect(&dependency, files, packed, ordered)?;
     }
     ordered.push((name.to_owned(), content));
     Ok(())
+}
+
+/// Cuts off a module's signature. Checking one takes an emulated CPU some 20 ms per module, and the
+/// kernel takes unsigned modules unless it is locked down, which needs secure boot. Format: Linux,
+/// include/linux/module_signature.h.
+fn unsigned(mut module: Vec<u8>) -> Vec<u8> {
+    const MARKER: &[u8] = b"~Module signature appended~\n";
+    const TRAILER_BYTES: usize = 12;
+    let length = module.strip_suffix(MARKER).and_then(|signed| {
+        let (signed, signature_bytes) = signed.split_last_chunk::<4>()?;
+        let tail = u32::from_be_bytes(*signature_bytes) as usize + TRAILER_BYTES - 4;
+        signed.len().checked_sub(tail)
+    });
+    module.truncate(length.unwrap_or(module.len()));
+    module
 }
 
 /// What a module's `.modinfo` section says after `depends=`.
@@ -393,6 +409,24 @@ mod tests {
             module_name(Path::new("kernel/a/virtio-rng.ko.xz")),
             "virtio_rng"
         );
+    }
+
+    #[test]
+    fn signatures_are_cut_off() {
+        let signed = |length: &[u8]| {
+            [
+                b"ELFcode",
+                &b"signature"[..],
+                &[0; 8],
+                length,
+                b"~Module signature appended~\n",
+            ]
+            .concat()
+        };
+        assert_eq!(unsigned(signed(&[0, 0, 0, 9])), b"ELFcode");
+        let damaged = signed(&[0xff; 4]);
+        assert_eq!(unsigned(damaged.clone()), damaged);
+        assert_eq!(unsigned(b"ELFcode".to_vec()), b"ELFcode");
     }
 
     #[test]
