@@ -71,10 +71,7 @@ pub enum Broken {
 /// The broken rule.
 pub fn check(state: &ClusterState, plan: &Plan) -> Result<(), Broken> {
     if plan.revision != state.revision {
-        return Err(Broken::Revision {
-            planned: plan.revision,
-            current: state.revision,
-        });
+        return Err(Broken::Revision { planned: plan.revision, current: state.revision });
     }
     let mut account = Account::of(state);
     for decision in &plan.decisions {
@@ -91,25 +88,12 @@ struct Account {
 impl Account {
     fn of(state: &ClusterState) -> Self {
         Account {
-            up: state
-                .nodes
-                .values()
-                .map(|node| (node.id, (node.membership == Membership::Up, node.term)))
-                .collect(),
-            rights: state
-                .vms
-                .values()
-                .map(|vm| (vm.id, vm.tenures().copied().collect()))
-                .collect(),
+            up: state.nodes.values().map(|node| (node.id, (node.membership == Membership::Up, node.term))).collect(),
+            rights: state.vms.values().map(|vm| (vm.id, vm.tenures().copied().collect())).collect(),
         }
     }
 
-    fn follow(
-        &mut self,
-        state: &ClusterState,
-        action: &Action,
-        cause: &Cause,
-    ) -> Result<(), Broken> {
+    fn follow(&mut self, state: &ClusterState, action: &Action, cause: &Cause) -> Result<(), Broken> {
         match action {
             Action::DeclareLost { node } => {
                 let known = self.up.get_mut(node).ok_or(Broken::Lost(*node))?;
@@ -130,39 +114,21 @@ impl Account {
             Action::Place { vm, node, after } => {
                 self.all_over(*vm, after)?;
                 let Some((true, term)) = self.up.get(node).copied() else {
-                    return Err(Broken::NotUp {
-                        vm: *vm,
-                        node: *node,
-                    });
+                    return Err(Broken::NotUp { vm: *vm, node: *node });
                 };
-                self.rights.insert(
-                    *vm,
-                    vec![Tenure {
-                        node: *node,
-                        term,
-                        epoch: Epoch(0),
-                    }],
-                );
+                self.rights.insert(*vm, vec![Tenure { node: *node, term, epoch: Epoch(0) }]);
                 self.memory(state, *node)?;
             }
-            Action::FinishMove { vm } | Action::AbortMove { vm } => {
-                let Some(Placement::Moving {
-                    from, to, stage, ..
-                }) = state.vms.get(vm).map(|vm| &vm.placement)
-                else {
+            Action::FinishMove { vm, .. } | Action::AbortMove { vm } => {
+                let Some(Placement::Moving { from, to, stage, .. }) = state.vms.get(vm).map(|vm| &vm.placement) else {
                     return Err(Broken::Move(*vm));
                 };
                 let finished = matches!(action, Action::FinishMove { .. });
                 let word = match cause {
                     Cause::TargetRuns { node, epoch } => {
-                        finished
-                            && *node == to.node
-                            && *epoch == to.epoch
-                            && *stage != MoveStage::Preparing
+                        finished && *node == to.node && *epoch == to.epoch && *stage != MoveStage::Preparing
                     }
-                    Cause::SourceKept { node, epoch, .. } => {
-                        !finished && *node == from.node && *epoch == from.epoch
-                    }
+                    Cause::SourceKept { node, epoch, .. } => !finished && *node == from.node && *epoch == from.epoch,
                     _ => false,
                 };
                 let owner = if finished { *to } else { *from };
@@ -177,9 +143,7 @@ impl Account {
     }
 
     fn is_void(&self, tenure: &Tenure) -> bool {
-        self.up
-            .get(&tenure.node)
-            .is_none_or(|(up, term)| !up || *term != tenure.term)
+        self.up.get(&tenure.node).is_none_or(|(up, term)| !up || *term != tenure.term)
     }
 
     /// Every right that is out has to be over, on evidence that holds.
@@ -188,16 +152,10 @@ impl Account {
             let ended = after.iter().find(|ended| ended.tenure == *tenure);
             match ended.map(|ended| ended.evidence) {
                 None => {
-                    return Err(Broken::StillOut {
-                        vm,
-                        node: tenure.node,
-                    });
+                    return Err(Broken::StillOut { vm, node: tenure.node });
                 }
                 Some(Evidence::TermOver) if !self.is_void(tenure) => {
-                    return Err(Broken::Evidence {
-                        vm,
-                        node: tenure.node,
-                    });
+                    return Err(Broken::Evidence { vm, node: tenure.node });
                 }
                 Some(Evidence::TermOver | Evidence::Exited) => {}
             }
@@ -206,10 +164,7 @@ impl Account {
     }
 
     fn memory(&self, state: &ClusterState, node: NodeId) -> Result<(), Broken> {
-        let has = state
-            .nodes
-            .get(&node)
-            .map_or(0, |node| node.facts.memory_bytes);
+        let has = state.nodes.get(&node).map_or(0, |node| node.facts.memory_bytes);
         let promised = self
             .rights
             .iter()
@@ -217,14 +172,6 @@ impl Account {
             .filter_map(|(vm, _)| state.vms.get(vm))
             .map(|vm| vm.spec.memory_bytes)
             .sum();
-        if promised > has {
-            Err(Broken::Memory {
-                node,
-                promised,
-                has,
-            })
-        } else {
-            Ok(())
-        }
+        if promised > has { Err(Broken::Memory { node, promised, has }) } else { Ok(()) }
     }
 }

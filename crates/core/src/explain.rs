@@ -14,10 +14,7 @@ pub struct Line {
 
 /// How a VM stands and the causes that led there, oldest first.
 pub fn explain(state: &ClusterState, vm: &Vm) -> Vec<Line> {
-    let mut lines = vec![Line {
-        at_ms: None,
-        text: standing(state, vm),
-    }];
+    let mut lines = vec![Line { at_ms: None, text: standing(state, vm) }];
     lines.extend(vm.causes.iter().map(|because| Line {
         at_ms: Some(because.at_ms),
         text: format!("{}, because {}", because.what, because.cause),
@@ -29,10 +26,9 @@ pub fn explain(state: &ClusterState, vm: &Vm) -> Vec<Line> {
 pub fn standing(state: &ClusterState, vm: &Vm) -> String {
     let name = &vm.name;
     match (&vm.disks, &vm.placement) {
-        (DiskStage::Making { node, .. }, _) => format!(
-            "{name}: its disks are being made on {}",
-            state.node_name(*node)
-        ),
+        (DiskStage::Making { node, .. }, _) => {
+            format!("{name}: its disks are being made on {}", state.node_name(*node))
+        }
         (DiskStage::Deleting { node, .. }, _) => {
             format!("{name} is being deleted on {}", state.node_name(*node))
         }
@@ -60,10 +56,7 @@ pub fn standing(state: &ClusterState, vm: &Vm) -> String {
                 Seen::Paused => "is paused",
                 Seen::Stopping => "shuts down",
             };
-            format!(
-                "{name} {how} on {node} (epoch {}, term {} of the node)",
-                tenure.epoch, tenure.term
-            )
+            format!("{name} {how} on {node} (epoch {}, term {} of the node)", tenure.epoch, tenure.term)
         }
         (_, Placement::Moving { from, to, job, .. }) => format!(
             "{name} is being migrated from {} (epoch {}) to {} (epoch {}) by job {job}",

@@ -105,11 +105,7 @@ pub enum Granted {
 impl NodeLease {
     /// No lease yet, for a keeper that just started.
     pub fn new(incarnation: Incarnation) -> Self {
-        NodeLease {
-            incarnation,
-            term: NodeTerm(0),
-            ends: None,
-        }
+        NodeLease { incarnation, term: NodeTerm(0), ends: None }
     }
 
     /// The life of the keeper that it belongs to.
@@ -169,9 +165,7 @@ impl Authority {
     /// The authority that follows from a quorum's acknowledgement of what was
     /// sent at `acknowledged`.
     pub fn from_quorum(acknowledged: BootTime, window_ms: u64) -> Self {
-        Authority {
-            until: acknowledged.plus_ms(window_ms),
-        }
+        Authority { until: acknowledged.plus_ms(window_ms) }
     }
 
     /// Whether leases may be granted at `now`.
@@ -250,8 +244,7 @@ impl LeaseSlot {
         now: BootTime,
     ) -> Answer {
         match self.heard {
-            Some((life, _, sequence))
-                if life == heartbeat.incarnation && sequence >= heartbeat.sequence => {}
+            Some((life, _, sequence)) if life == heartbeat.incarnation && sequence >= heartbeat.sequence => {}
             _ => self.heard = Some((heartbeat.incarnation, now, heartbeat.sequence)),
         }
         let entitled = self.up && !self.condemned && self.admitted == heartbeat.incarnation;
@@ -292,9 +285,7 @@ impl LeaseSlot {
 
     /// The life of a keeper that was heard within the last `recent_ms`.
     pub fn heard_within(&self, recent_ms: u64, now: BootTime) -> Option<Incarnation> {
-        self.heard
-            .filter(|(_, at, _)| now.ms_since(*at) <= recent_ms)
-            .map(|(life, _, _)| life)
+        self.heard.filter(|(_, at, _)| now.ms_since(*at) <= recent_ms).map(|(life, _, _)| life)
     }
 }
 
@@ -302,10 +293,7 @@ impl LeaseSlot {
 mod tests {
     use super::*;
 
-    const TIMING: LeaseTiming = LeaseTiming {
-        length_ms: 1500,
-        heartbeat_ms: 100,
-    };
+    const TIMING: LeaseTiming = LeaseTiming { length_ms: 1500, heartbeat_ms: 100 };
     const LIFE: Incarnation = Incarnation(7);
 
     fn at(ms: u64) -> BootTime {
@@ -313,12 +301,7 @@ mod tests {
     }
 
     fn heartbeat(sequence: u64, sent_ms: u64) -> Heartbeat {
-        Heartbeat {
-            node: NodeId(1),
-            incarnation: LIFE,
-            sequence,
-            sent: at(sent_ms),
-        }
+        Heartbeat { node: NodeId(1), incarnation: LIFE, sequence, sent: at(sent_ms) }
     }
 
     fn slot() -> LeaseSlot {
@@ -326,17 +309,13 @@ mod tests {
     }
 
     fn authority(until_ms: u64) -> Authority {
-        Authority {
-            until: at(until_ms),
-        }
+        Authority { until: at(until_ms) }
     }
 
     #[test]
     fn a_lease_counts_from_the_sending_of_the_heartbeat() {
         let mut lease = NodeLease::new(LIFE);
-        let Answer::Grant(grant) =
-            slot().answer(&heartbeat(1, 1000), TIMING, authority(9999), at(5000))
-        else {
+        let Answer::Grant(grant) = slot().answer(&heartbeat(1, 1000), TIMING, authority(9999), at(5000)) else {
             panic!("an admitted node is answered");
         };
         assert_eq!(lease.grant(&grant, at(1400)), Granted::NewTerm);
@@ -346,62 +325,14 @@ mod tests {
 
     #[test]
     fn a_grant_for_another_life_or_an_older_term_is_ignored() {
-        let grant = Grant {
-            incarnation: LIFE,
-            sequence: 1,
-            sent: at(10),
-            term: NodeTerm(2),
-            timing: TIMING,
-        };
-        assert_eq!(
-            NodeLease::new(Incarnation(8)).grant(&grant, at(20)),
-            Granted::Ignored
-        );
+        let grant = Grant { incarnation: LIFE, sequence: 1, sent: at(10), term: NodeTerm(2), timing: TIMING };
+        assert_eq!(NodeLease::new(Incarnation(8)).grant(&grant, at(20)), Granted::Ignored);
         let mut lease = NodeLease::new(LIFE);
         assert_eq!(lease.grant(&grant, at(20)), Granted::NewTerm);
-        assert_eq!(
-            lease.grant(
-                &Grant {
-                    term: NodeTerm(1),
-                    sent: at(500),
-                    ..grant
-                },
-                at(600)
-            ),
-            Granted::Ignored
-        );
-        assert_eq!(
-            lease.grant(
-                &Grant {
-                    sent: at(700),
-                    ..grant
-                },
-                at(600)
-            ),
-            Granted::Ignored,
-            "from the future"
-        );
-        assert_eq!(
-            lease.grant(
-                &Grant {
-                    sent: at(5),
-                    ..grant
-                },
-                at(600)
-            ),
-            Granted::Ignored,
-            "reordered"
-        );
-        assert_eq!(
-            lease.grant(
-                &Grant {
-                    sent: at(500),
-                    ..grant
-                },
-                at(600)
-            ),
-            Granted::Renewed
-        );
+        assert_eq!(lease.grant(&Grant { term: NodeTerm(1), sent: at(500), ..grant }, at(600)), Granted::Ignored);
+        assert_eq!(lease.grant(&Grant { sent: at(700), ..grant }, at(600)), Granted::Ignored, "from the future");
+        assert_eq!(lease.grant(&Grant { sent: at(5), ..grant }, at(600)), Granted::Ignored, "reordered");
+        assert_eq!(lease.grant(&Grant { sent: at(500), ..grant }, at(600)), Granted::Renewed);
         assert_eq!(lease.ends(), Some(at(2000)));
     }
 
@@ -417,10 +348,7 @@ mod tests {
     fn a_condemned_node_is_silent_until_its_next_term() {
         let mut slot = slot();
         assert!(slot.condemn_if_ended(at(1650)));
-        assert_eq!(
-            slot.answer(&heartbeat(1, 1700), TIMING, authority(9999), at(1700)),
-            Answer::Silence
-        );
+        assert_eq!(slot.answer(&heartbeat(1, 1700), TIMING, authority(9999), at(1700)), Answer::Silence);
         assert_eq!(slot.heard_within(100, at(1750)), Some(LIFE));
         slot.admit(LIFE, NodeTerm(2), true);
         assert!(
@@ -431,34 +359,19 @@ mod tests {
     #[test]
     fn without_authority_or_admission_nothing_is_granted() {
         let mut slot = slot();
-        assert_eq!(
-            slot.answer(&heartbeat(1, 10), TIMING, authority(20), at(20)),
-            Answer::Silence
-        );
+        assert_eq!(slot.answer(&heartbeat(1, 10), TIMING, authority(20), at(20)), Answer::Silence);
         slot.admit(Incarnation(8), NodeTerm(1), true);
-        assert_eq!(
-            slot.answer(&heartbeat(2, 10), TIMING, authority(9999), at(20)),
-            Answer::Silence
-        );
+        assert_eq!(slot.answer(&heartbeat(2, 10), TIMING, authority(9999), at(20)), Answer::Silence);
         slot.admit(LIFE, NodeTerm(1), false);
-        assert_eq!(
-            slot.answer(&heartbeat(3, 10), TIMING, authority(9999), at(20)),
-            Answer::Silence
-        );
+        assert_eq!(slot.answer(&heartbeat(3, 10), TIMING, authority(9999), at(20)), Answer::Silence);
     }
 
     #[test]
     fn a_new_coordinator_waits_out_the_longest_lease_of_its_predecessors() {
-        let long = LeaseTiming {
-            length_ms: 10_000,
-            heartbeat_ms: 500,
-        };
+        let long = LeaseTiming { length_ms: 10_000, heartbeat_ms: 500 };
         let mut slot = LeaseSlot::assumed(NodeId(1), LIFE, NodeTerm(1), true, at(100), long);
         slot.answer(&heartbeat(1, 100), TIMING, authority(9999), at(150));
-        assert!(
-            !slot.condemn_if_ended(at(11_099)),
-            "a shorter grant does not shorten an older lease"
-        );
+        assert!(!slot.condemn_if_ended(at(11_099)), "a shorter grant does not shorten an older lease");
         assert!(slot.condemn_if_ended(at(11_100)));
     }
 }

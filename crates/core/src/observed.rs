@@ -53,6 +53,9 @@ pub struct VmReport {
     pub epoch: Epoch,
     /// How it is.
     pub run: Run,
+    /// On a migration's target: the figures of its coming.
+    #[serde(default)]
+    pub moved: Option<Moved>,
 }
 
 /// How a QEMU is. Every word is final where it says so.
@@ -88,6 +91,8 @@ pub enum Run {
         /// What it left behind.
         detail: String,
     },
+    /// Final: the keeper killed QEMU because the node's lease had ended.
+    Fenced,
     /// Final: QEMU could not be started, the epoch is used up.
     StartFailed {
         /// What stopped it.
@@ -100,7 +105,7 @@ pub enum Run {
 impl Run {
     /// Whether nothing of it is left.
     pub fn is_over(&self) -> bool {
-        matches!(self, Run::Exited { .. } | Run::StartFailed { .. })
+        matches!(self, Run::Exited { .. } | Run::StartFailed { .. } | Run::Fenced)
     }
 }
 
@@ -116,20 +121,19 @@ pub struct WorkReport {
 impl NodeObserved {
     /// The last report, if it speaks for the node's current term.
     pub fn report_in_term(&self, node: &Node) -> Option<&NodeReport> {
-        self.report
-            .as_ref()
-            .filter(|report| report.incarnation == node.incarnation && report.term == node.term)
+        self.report.as_ref().filter(|report| report.incarnation == node.incarnation && report.term == node.term)
     }
 }
 
 impl Observed {
     /// What the node said of its QEMU of `vm` for this very tenure.
-    pub fn run_of(&self, node: &Node, vm: VmId, tenure: &Tenure) -> Option<&Run> {
+    pub fn said_of(&self, node: &Node, vm: VmId, tenure: &Tenure) -> Option<&VmReport> {
         let report = self.nodes.get(&tenure.node)?.report_in_term(node)?;
-        report
-            .vms
-            .get(&vm)
-            .filter(|report| report.epoch == tenure.epoch && node.term == tenure.term)
-            .map(|report| &report.run)
+        report.vms.get(&vm).filter(|report| report.epoch == tenure.epoch && node.term == tenure.term)
+    }
+
+    /// How the node's QEMU of `vm` is, for this very tenure.
+    pub fn run_of(&self, node: &Node, vm: VmId, tenure: &Tenure) -> Option<&Run> {
+        self.said_of(node, vm, tenure).map(|report| &report.run)
     }
 }

@@ -50,18 +50,10 @@ impl fmt::Display for Denial {
             Denial::NoMachine(machine) => write!(f, "has a QEMU without machine type {machine}"),
             Denial::Cpus { wanted, has } => write!(f, "has {has} processors, {wanted} are needed"),
             Denial::CpusPromised { left, wanted } => {
-                write!(
-                    f,
-                    "may promise {left} more virtual processors, {wanted} are needed"
-                )
+                write!(f, "may promise {left} more virtual processors, {wanted} are needed")
             }
             Denial::Memory { left, wanted } => {
-                write!(
-                    f,
-                    "has {} MiB free, {} MiB are needed",
-                    left >> 20,
-                    wanted.div_ceil(1 << 20)
-                )
+                write!(f, "has {} MiB free, {} MiB are needed", left >> 20, wanted.div_ceil(1 << 20))
             }
             Denial::Crashed => write!(f, "crashed it too often"),
         }
@@ -74,15 +66,8 @@ pub fn promised(state: &ClusterState, node: NodeId, except: Option<VmId>) -> (u6
     state
         .vms
         .values()
-        .filter(|vm| {
-            Some(vm.id) != except && vm.tenures().any(|t| t.node == node && !state.is_void(t))
-        })
-        .fold((0, 0), |(memory, cpus), vm| {
-            (
-                memory + needed_memory(&vm.spec),
-                cpus + u64::from(vm.spec.cpus),
-            )
-        })
+        .filter(|vm| Some(vm.id) != except && vm.tenures().any(|t| t.node == node && !state.is_void(t)))
+        .fold((0, 0), |(memory, cpus), vm| (memory + needed_memory(&vm.spec), cpus + u64::from(vm.spec.cpus)))
 }
 
 /// What a VM takes from a node's memory, in bytes.
@@ -91,12 +76,7 @@ pub fn needed_memory(spec: &VmSpec) -> u64 {
 }
 
 /// Whether a node may take a VM; the memory that would stay free, in bytes.
-pub fn fits(
-    state: &ClusterState,
-    node: &Node,
-    vm: Option<VmId>,
-    spec: &VmSpec,
-) -> Result<u64, Denial> {
+pub fn fits(state: &ClusterState, node: &Node, vm: Option<VmId>, spec: &VmSpec) -> Result<u64, Denial> {
     if !node.is_up() {
         return Err(Denial::NotUp);
     }
@@ -107,24 +87,16 @@ pub fn fits(
         return Err(Denial::NoMachine(spec.machine.clone()));
     }
     if spec.cpus > node.facts.cpus {
-        return Err(Denial::Cpus {
-            wanted: spec.cpus,
-            has: node.facts.cpus,
-        });
+        return Err(Denial::Cpus { wanted: spec.cpus, has: node.facts.cpus });
     }
     let (memory, cpus) = promised(state, node.id, vm);
-    let cpus_left = (u64::from(node.facts.cpus) * u64::from(state.settings.cpu_overcommit))
-        .saturating_sub(cpus);
+    let cpus_left = (u64::from(node.facts.cpus) * u64::from(state.settings.cpu_overcommit)).saturating_sub(cpus);
     if u64::from(spec.cpus) > cpus_left {
-        return Err(Denial::CpusPromised {
-            left: cpus_left,
-            wanted: spec.cpus,
-        });
+        return Err(Denial::CpusPromised { left: cpus_left, wanted: spec.cpus });
     }
     let left = node.facts.memory_bytes.saturating_sub(memory);
     let wanted = needed_memory(spec);
-    left.checked_sub(wanted)
-        .ok_or(Denial::Memory { left, wanted })
+    left.checked_sub(wanted).ok_or(Denial::Memory { left, wanted })
 }
 
 /// The best node for a VM: with KVM if any has it, answered lately if any was,
@@ -149,11 +121,7 @@ pub fn choose(
         match free {
             Err(denial) => denials.push((node.id, denial)),
             Ok(free) => {
-                let rank = (
-                    !quiet.contains(&node.id),
-                    node.facts.accelerator,
-                    freeness(state, node, vm, spec, free),
-                );
+                let rank = (!quiet.contains(&node.id), node.facts.accelerator, freeness(state, node, vm, spec, free));
                 if best.as_ref().is_none_or(|(known, ..)| rank > *known) {
                     best = Some((rank, node.id, free));
                 }
@@ -168,8 +136,7 @@ fn freeness(state: &ClusterState, node: &Node, vm: VmId, spec: &VmSpec, free_byt
     let (_, cpus) = promised(state, node.id, Some(vm));
     let cpus_total = u64::from(node.facts.cpus) * u64::from(state.settings.cpu_overcommit);
     let cpus_free = cpus_total.saturating_sub(cpus + u64::from(spec.cpus));
-    let share =
-        |free: u64, total: u64| (u128::from(free) * 1_000_000 / u128::from(total.max(1))) as u64;
+    let share = |free: u64, total: u64| (u128::from(free) * 1_000_000 / u128::from(total.max(1))) as u64;
     share(free_bytes, node.facts.memory_bytes).min(share(cpus_free, cpus_total))
 }
 
@@ -178,9 +145,6 @@ pub fn tell(state: &ClusterState, denials: &[(NodeId, Denial)]) -> String {
     if denials.is_empty() {
         return "there is no other node".into();
     }
-    let parts: Vec<_> = denials
-        .iter()
-        .map(|(node, denial)| format!("{} {denial}", state.node_name(*node)))
-        .collect();
+    let parts: Vec<_> = denials.iter().map(|(node, denial)| format!("{} {denial}", state.node_name(*node))).collect();
     parts.join("; ")
 }

@@ -91,6 +91,8 @@ pub enum Action {
     FinishMove {
         /// Which VM.
         vm: VmId,
+        /// The figures of the move.
+        moved: Option<Moved>,
     },
     /// The guest stays on the source.
     AbortMove {
@@ -162,37 +164,18 @@ pub enum Evidence {
 /// `now_ms` is milliseconds since the Unix epoch; it only dates things and ages
 /// crashes and waits, it never decides who may run a VM.
 pub fn plan(state: &ClusterState, observed: &Observed, now_ms: u64) -> Plan {
-    let mut planner = Planner {
-        state: state.clone(),
-        observed,
-        now_ms,
-        decisions: Vec::new(),
-    };
+    let mut planner = Planner { state: state.clone(), observed, now_ms, decisions: Vec::new() };
     planner.nodes();
-    let mut vms: Vec<_> = planner
-        .state
-        .vms
-        .values()
-        .map(|vm| (std::cmp::Reverse(vm.spec.priority), vm.created_ms, vm.id))
-        .collect();
+    let mut vms: Vec<_> =
+        planner.state.vms.values().map(|vm| (std::cmp::Reverse(vm.spec.priority), vm.created_ms, vm.id)).collect();
     vms.sort_unstable();
     for (.., vm) in vms {
         planner.vm(vm);
     }
-    if observed.longer_leases_over
-        && state.settings.longest_lease != state.settings.profile.timing()
-    {
-        planner.decide(
-            Action::LeasesSettled,
-            Cause::Requested {
-                by: "coordinator".into(),
-            },
-        );
+    if observed.longer_leases_over && state.settings.longest_lease != state.settings.profile.timing() {
+        planner.decide(Action::LeasesSettled, Cause::Requested { by: "coordinator".into() });
     }
-    Plan {
-        revision: state.revision,
-        decisions: planner.decisions,
-    }
+    Plan { revision: state.revision, decisions: planner.decisions }
 }
 
 /// Decides on a copy of the state, so that each decision stands on the ones before.
@@ -217,11 +200,7 @@ impl Planner<'_> {
                 continue;
             };
             if node.is_up() && seen.lease_ended {
-                let cause = Cause::LeaseEnded {
-                    node: node.id,
-                    term: node.term,
-                    silent_ms: seen.silent_ms,
-                };
+                let cause = Cause::LeaseEnded { node: node.id, term: node.term, silent_ms: seen.silent_ms };
                 self.decide(Action::DeclareLost { node: node.id }, cause);
             }
             let Some(incarnation) = seen.heard else {
@@ -232,28 +211,10 @@ impl Planner<'_> {
             // in both cases nothing of the node's earlier term is alive.
             let lost = matches!(node.membership, Membership::Lost { .. });
             if lost || node.membership == Membership::Joined {
-                self.decide(
-                    Action::Admit {
-                        node: node.id,
-                        incarnation,
-                    },
-                    Cause::Heard {
-                        node: node.id,
-                        incarnation,
-                    },
-                );
+                self.decide(Action::Admit { node: node.id, incarnation }, Cause::Heard { node: node.id, incarnation });
             } else if !seen.lease_ended && node.incarnation != incarnation {
-                let cause = Cause::KeeperRestarted {
-                    node: node.id,
-                    incarnation,
-                };
-                self.decide(
-                    Action::Admit {
-                        node: node.id,
-                        incarnation,
-                    },
-                    cause,
-                );
+                let cause = Cause::KeeperRestarted { node: node.id, incarnation };
+                self.decide(Action::Admit { node: node.id, incarnation }, cause);
             }
         }
     }
@@ -261,11 +222,6 @@ impl Planner<'_> {
     /// Nodes that were not answered for half a lease: they may be dying.
     fn quiet(&self) -> Vec<NodeId> {
         let half = self.state.settings.profile.timing().length_ms / 2;
-        self.observed
-            .nodes
-            .iter()
-            .filter(|(_, seen)| seen.silent_ms > half)
-            .map(|(id, _)| *id)
-            .collect()
+        self.observed.nodes.iter().filter(|(_, seen)| seen.silent_ms > half).map(|(id, _)| *id).collect()
     }
 }

@@ -47,6 +47,13 @@ pub enum Cause {
         /// What it left behind.
         detail: String,
     },
+    /// A node's keeper killed QEMU because its lease had ended.
+    Fenced {
+        /// Which node.
+        node: NodeId,
+        /// Under which epoch.
+        epoch: Epoch,
+    },
     /// QEMU could not be started.
     StartFailed {
         /// On which node.
@@ -118,61 +125,30 @@ impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Cause::Requested { by } => write!(f, "{by} asked for it"),
-            Cause::LeaseEnded {
-                node,
-                term,
-                silent_ms,
-            } => {
-                write!(
-                    f,
-                    "the lease of node {node} (term {term}) ended: not answered for {silent_ms} ms"
-                )
+            Cause::LeaseEnded { node, term, silent_ms } => {
+                write!(f, "the lease of node {node} (term {term}) ended: not answered for {silent_ms} ms")
             }
             Cause::KeeperRestarted { node, incarnation } => {
-                write!(
-                    f,
-                    "the keeper of node {node} restarted as {incarnation}: what its predecessor ran is dead"
-                )
+                write!(f, "the keeper of node {node} restarted as {incarnation}: what its predecessor ran is dead")
             }
-            Cause::Heard { node, incarnation } => write!(
-                f,
-                "the keeper {incarnation} of node {node} asks for a lease"
-            ),
-            Cause::Exited {
-                node,
-                epoch,
-                detail,
-            } => {
-                write!(
-                    f,
-                    "its QEMU on node {node} (epoch {epoch}) ended by itself: {detail}"
-                )
+            Cause::Heard { node, incarnation } => write!(f, "the keeper {incarnation} of node {node} asks for a lease"),
+            Cause::Exited { node, epoch, detail } => {
+                write!(f, "its QEMU on node {node} (epoch {epoch}) ended by itself: {detail}")
             }
-            Cause::StartFailed {
-                node,
-                epoch,
-                detail,
-            } => {
-                write!(
-                    f,
-                    "QEMU could not be started on node {node} (epoch {epoch}): {detail}"
-                )
+            Cause::Fenced { node, epoch } => {
+                write!(f, "the lease of node {node} had ended, so its QEMU there (epoch {epoch}) was killed")
+            }
+            Cause::StartFailed { node, epoch, detail } => {
+                write!(f, "QEMU could not be started on node {node} (epoch {epoch}): {detail}")
             }
             Cause::GuestShutdown { node, epoch } => {
                 write!(f, "the guest shut down on node {node} (epoch {epoch})")
             }
             Cause::MostRoom { node, free_bytes } => {
-                write!(
-                    f,
-                    "node {node} has the most room: {} MiB stay free",
-                    free_bytes >> 20
-                )
+                write!(f, "node {node} has the most room: {} MiB stay free", free_bytes >> 20)
             }
             Cause::NoReaction { seconds } => {
-                write!(
-                    f,
-                    "the guest did not react to its power button for {seconds} s: try again with --force"
-                )
+                write!(f, "the guest did not react to its power button for {seconds} s: try again with --force")
             }
             Cause::TargetWaits { node, epoch } => {
                 write!(f, "node {node} waits for the guest (epoch {epoch})")
@@ -180,23 +156,12 @@ impl fmt::Display for Cause {
             Cause::TargetRuns { node, epoch } => {
                 write!(f, "the guest runs on node {node} now (epoch {epoch})")
             }
-            Cause::SourceKept {
-                node,
-                epoch,
-                detail,
-            } => {
+            Cause::SourceKept { node, epoch, detail } => {
                 write!(f, "node {node} kept the guest (epoch {epoch}): {detail}")
             }
             Cause::NoRoom { why } => write!(f, "no node has room: {why}"),
-            Cause::BudgetSpent {
-                crashes,
-                window_s,
-                detail,
-            } => {
-                write!(
-                    f,
-                    "it crashed {crashes} times in {window_s} s, the last time: {detail}"
-                )
+            Cause::BudgetSpent { crashes, window_s, detail } => {
+                write!(f, "it crashed {crashes} times in {window_s} s, the last time: {detail}")
             }
         }
     }

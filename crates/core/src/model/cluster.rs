@@ -66,18 +66,9 @@ impl Profile {
     /// The leases of this profile.
     pub fn timing(self) -> LeaseTiming {
         match self {
-            Profile::Default => LeaseTiming {
-                length_ms: 1500,
-                heartbeat_ms: 100,
-            },
-            Profile::Fast => LeaseTiming {
-                length_ms: 600,
-                heartbeat_ms: 50,
-            },
-            Profile::Wan => LeaseTiming {
-                length_ms: 10_000,
-                heartbeat_ms: 500,
-            },
+            Profile::Default => LeaseTiming { length_ms: 1500, heartbeat_ms: 100 },
+            Profile::Fast => LeaseTiming { length_ms: 600, heartbeat_ms: 50 },
+            Profile::Wan => LeaseTiming { length_ms: 10_000, heartbeat_ms: 500 },
         }
     }
 }

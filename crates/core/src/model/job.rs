@@ -23,6 +23,18 @@ pub struct Job {
     pub progress: Progress,
     /// How it ended; `None` while it goes on.
     pub end: Option<JobEnd>,
+    /// The figures of a migration that was done.
+    #[serde(default)]
+    pub moved: Option<Moved>,
+}
+
+/// The figures of a live migration, by the account of the source's QEMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moved {
+    /// From the start of the transfer to its end, in milliseconds.
+    pub total_ms: u64,
+    /// How long the guest stood still, in milliseconds.
+    pub downtime_ms: u64,
 }
 
 /// What a job does.

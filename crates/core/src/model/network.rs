@@ -33,17 +33,11 @@ pub fn subnet(address: &NodeAddress) -> String {
     match address.ip {
         IpAddr::V4(ip) => {
             let mask = u32::MAX.checked_shl(32 - prefix.min(32)).unwrap_or(0);
-            format!(
-                "{}/{prefix}",
-                std::net::Ipv4Addr::from(u32::from(ip) & mask)
-            )
+            format!("{}/{prefix}", std::net::Ipv4Addr::from(u32::from(ip) & mask))
         }
         IpAddr::V6(ip) => {
             let mask = u128::MAX.checked_shl(128 - prefix.min(128)).unwrap_or(0);
-            format!(
-                "{}/{prefix}",
-                std::net::Ipv6Addr::from(u128::from(ip) & mask)
-            )
+            format!("{}/{prefix}", std::net::Ipv6Addr::from(u128::from(ip) & mask))
         }
     }
 }
@@ -97,11 +91,7 @@ mod tests {
             ("fd00:1::12", 0, "::/0"),
         ];
         for (ip, prefix, expected) in cases {
-            let address = NodeAddress {
-                interface: "eth0".into(),
-                ip: ip.parse().unwrap(),
-                prefix,
-            };
+            let address = NodeAddress { interface: "eth0".into(), ip: ip.parse().unwrap(), prefix };
             assert_eq!(subnet(&address), expected);
         }
     }

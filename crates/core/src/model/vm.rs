@@ -332,10 +332,7 @@ impl VmSpec {
     /// Whether any of its files is on a volume.
     pub fn uses_volume(&self, volume: &str) -> bool {
         self.disks.iter().any(|disk| disk.volume == volume)
-            || self
-                .direct_boot
-                .as_ref()
-                .is_some_and(|boot| boot.volume == volume)
+            || self.direct_boot.as_ref().is_some_and(|boot| boot.volume == volume)
     }
 }
 
@@ -367,16 +364,11 @@ impl FromStr for Mac {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || {
-            format!("{text:?} is not a hardware address: write six bytes like 52:54:00:12:34:56")
-        };
+        let bad = || format!("{text:?} is not a hardware address: write six bytes like 52:54:00:12:34:56");
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
-            let part = parts
-                .next()
-                .filter(|part| part.len() == 2)
-                .ok_or_else(bad)?;
+            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(bad)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
         }
         match parts.next() {
@@ -394,8 +386,6 @@ impl Serialize for Mac {
 
 impl<'de> Deserialize<'de> for Mac {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }

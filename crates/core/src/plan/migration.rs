@@ -13,14 +13,7 @@ use super::{Action, Ended, Evidence, Planner};
 
 impl Planner<'_> {
     pub(super) fn moving(&mut self, vm: &Vm) {
-        let Placement::Moving {
-            from,
-            to,
-            job,
-            stage,
-            cancel,
-        } = vm.placement.clone()
-        else {
+        let Placement::Moving { from, to, job, stage, cancel } = vm.placement.clone() else {
             return;
         };
         let source = self.end_of(vm.id, from);
@@ -32,9 +25,7 @@ impl Planner<'_> {
             let crashed = first.evidence == Evidence::Exited && second.evidence == Evidence::Exited;
             let after = vec![first, second];
             return match cause {
-                Cause::Exited { .. } | Cause::StartFailed { .. }
-                    if crashed && !vm.desired.wants_qemu() =>
-                {
+                Cause::Exited { .. } | Cause::StartFailed { .. } if crashed && !vm.desired.wants_qemu() => {
                     self.decide(Action::Vacate { vm: vm.id, after }, cause);
                 }
                 _ => self.after_loss(vm, after, cause),
@@ -42,19 +33,11 @@ impl Planner<'_> {
         }
         if let End::Alive(Some(Run::Running | Run::Paused)) = target {
             // The target's guest was continued, so the source has sent it.
-            return self.decide(
-                Action::FinishMove { vm: vm.id },
-                Cause::TargetRuns {
-                    node: to.node,
-                    epoch: to.epoch,
-                },
-            );
+            let moved = self.state.nodes.get(&to.node).and_then(|node| self.observed.said_of(node, vm.id, &to)?.moved);
+            return self
+                .decide(Action::FinishMove { vm: vm.id, moved }, Cause::TargetRuns { node: to.node, epoch: to.epoch });
         }
-        let kept = |detail: String| Cause::SourceKept {
-            node: from.node,
-            epoch: from.epoch,
-            detail,
-        };
+        let kept = |detail: String| Cause::SourceKept { node: from.node, epoch: from.epoch, detail };
         match (&source, &target, &stage) {
             (End::Alive(Some(Run::Kept { why })), ..) => {
                 self.decide(Action::AbortMove { vm: vm.id }, kept(why.clone()));
@@ -65,73 +48,43 @@ impl Planner<'_> {
                 End::Alive(Some(Run::StartFailed { detail } | Run::Exited { detail })),
                 MoveStage::Preparing,
             ) => {
-                self.decide(
-                    Action::AbortMove { vm: vm.id },
-                    kept(format!("the target could not take it: {detail}")),
-                );
+                self.decide(Action::AbortMove { vm: vm.id }, kept(format!("the target could not take it: {detail}")));
             }
             (End::Alive(_), End::Void, MoveStage::Preparing) => {
-                self.decide(
-                    Action::AbortMove { vm: vm.id },
-                    kept("the target was lost".into()),
-                );
+                self.decide(Action::AbortMove { vm: vm.id }, kept("the target was lost".into()));
             }
             (End::Alive(_), _, MoveStage::Preparing) if cancel => {
-                self.decide(
-                    Action::AbortMove { vm: vm.id },
-                    kept("it was cancelled".into()),
-                );
+                self.decide(Action::AbortMove { vm: vm.id }, kept("it was cancelled".into()));
             }
             (End::Alive(_), End::Alive(Some(Run::Waiting { address })), MoveStage::Preparing) => {
-                let cause = Cause::TargetWaits {
-                    node: to.node,
-                    epoch: to.epoch,
-                };
-                self.decide(
-                    Action::Transfer {
-                        vm: vm.id,
-                        address: address.clone(),
-                    },
-                    cause,
-                );
+                let cause = Cause::TargetWaits { node: to.node, epoch: to.epoch };
+                self.decide(Action::Transfer { vm: vm.id, address: address.clone() }, cause);
             }
-            (End::Alive(Some(Run::Sending { progress })), ..) => {
-                self.progress(job, progress.clone())
-            }
+            (End::Alive(Some(Run::Sending { progress })), ..) => self.progress(job, progress.clone()),
             _ => {}
         }
     }
 
     fn end_of(&self, vm: VmId, tenure: Tenure) -> End {
         match self.state.nodes.get(&tenure.node) {
-            Some(node) if !self.state.is_void(&tenure) => {
-                End::Alive(self.observed.run_of(node, vm, &tenure).cloned())
-            }
+            Some(node) if !self.state.is_void(&tenure) => End::Alive(self.observed.run_of(node, vm, &tenure).cloned()),
             _ => End::Void,
         }
     }
 
     fn why_over(&self, source: &End, target: &End, from: Tenure, to: Tenure) -> Cause {
         let of = |end: &End, tenure: &Tenure| match end {
-            End::Alive(Some(Run::Exited { detail })) => Some(Cause::Exited {
-                node: tenure.node,
-                epoch: tenure.epoch,
-                detail: detail.clone(),
-            }),
-            End::Alive(Some(Run::StartFailed { detail })) => Some(Cause::StartFailed {
-                node: tenure.node,
-                epoch: tenure.epoch,
-                detail: detail.clone(),
-            }),
+            End::Alive(Some(Run::Exited { detail })) => {
+                Some(Cause::Exited { node: tenure.node, epoch: tenure.epoch, detail: detail.clone() })
+            }
+            End::Alive(Some(Run::StartFailed { detail })) => {
+                Some(Cause::StartFailed { node: tenure.node, epoch: tenure.epoch, detail: detail.clone() })
+            }
+            End::Alive(Some(Run::Fenced)) => Some(Cause::Fenced { node: tenure.node, epoch: tenure.epoch }),
             End::Alive(_) => None,
             End::Void => Some(self.why_void(tenure)),
         };
-        let lost = |cause: &Cause| {
-            matches!(
-                cause,
-                Cause::LeaseEnded { .. } | Cause::KeeperRestarted { .. }
-            )
-        };
+        let lost = |cause: &Cause| matches!(cause, Cause::LeaseEnded { .. } | Cause::KeeperRestarted { .. });
         let (first, second) = (of(source, &from), of(target, &to));
         match (first, second) {
             (Some(first), Some(second)) if !lost(&first) && lost(&second) => second,
@@ -153,14 +106,8 @@ enum End {
 impl End {
     fn over(&self, tenure: Tenure) -> Option<Ended> {
         match self {
-            End::Void => Some(Ended {
-                tenure,
-                evidence: Evidence::TermOver,
-            }),
-            End::Alive(Some(run)) if run.is_over() => Some(Ended {
-                tenure,
-                evidence: Evidence::Exited,
-            }),
+            End::Void => Some(Ended { tenure, evidence: Evidence::TermOver }),
+            End::Alive(Some(run)) if run.is_over() => Some(Ended { tenure, evidence: Evidence::Exited }),
             End::Alive(_) => None,
         }
     }

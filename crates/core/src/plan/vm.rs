@@ -20,23 +20,13 @@ impl Planner<'_> {
             Placement::Nowhere => {
                 let blocked = matches!(vm.hold, Some(Hold::Failed { .. } | Hold::NotProtected));
                 if vm.desired.wants_qemu() && !blocked {
-                    let cause = vm
-                        .causes
-                        .last()
-                        .map_or_else(|| by_hand(&vm), |because| because.cause.clone());
+                    let cause = vm.causes.last().map_or_else(|| by_hand(&vm), |because| because.cause.clone());
                     self.place_anew(&vm, Vec::new(), cause);
                 }
             }
             Placement::On(tenure) if self.state.is_void(&tenure) => {
                 let cause = self.why_void(&tenure);
-                self.after_loss(
-                    &vm,
-                    vec![Ended {
-                        tenure,
-                        evidence: Evidence::TermOver,
-                    }],
-                    cause,
-                );
+                self.after_loss(&vm, vec![Ended { tenure, evidence: Evidence::TermOver }], cause);
             }
             Placement::On(tenure) => self.placed(&vm, tenure),
             Placement::Moving { .. } => self.moving(&vm),
@@ -49,13 +39,7 @@ impl Planner<'_> {
             self.decide(Action::Vacate { vm: vm.id, after }, cause);
         } else if vm.spec.priority == Priority::None {
             self.decide(Action::Vacate { vm: vm.id, after }, cause.clone());
-            self.decide(
-                Action::Hold {
-                    vm: vm.id,
-                    hold: Hold::NotProtected,
-                },
-                cause,
-            );
+            self.decide(Action::Hold { vm: vm.id, hold: Hold::NotProtected }, cause);
         } else {
             self.place_anew(vm, after, cause);
         }
@@ -64,14 +48,7 @@ impl Planner<'_> {
     /// Places a VM on the best node, or says why it stays off until there is one.
     fn place_anew(&mut self, vm: &Vm, after: Vec<Ended>, cause: Cause) {
         match placement::choose(&self.state, vm.id, &vm.spec, &[], &self.quiet()) {
-            Ok((node, _)) => self.decide(
-                Action::Place {
-                    vm: vm.id,
-                    node,
-                    after,
-                },
-                cause,
-            ),
+            Ok((node, _)) => self.decide(Action::Place { vm: vm.id, node, after }, cause),
             Err(denials) => {
                 if !after.is_empty() {
                     self.decide(Action::Vacate { vm: vm.id, after }, cause);
@@ -79,13 +56,7 @@ impl Planner<'_> {
                 let why = placement::tell(&self.state, &denials);
                 if !matches!(vm.hold, Some(Hold::NoRoom { .. })) {
                     let cause = Cause::NoRoom { why: why.clone() };
-                    self.decide(
-                        Action::Hold {
-                            vm: vm.id,
-                            hold: Hold::NoRoom { why },
-                        },
-                        cause,
-                    );
+                    self.decide(Action::Hold { vm: vm.id, hold: Hold::NoRoom { why } }, cause);
                 }
             }
         }
@@ -99,45 +70,30 @@ impl Planner<'_> {
         let Some(run) = self.observed.run_of(node, vm.id, &tenure).cloned() else {
             return;
         };
-        let over = |detail: String| Cause::Exited {
-            node: tenure.node,
-            epoch: tenure.epoch,
-            detail,
-        };
+        let over = |detail: String| Cause::Exited { node: tenure.node, epoch: tenure.epoch, detail };
         match run {
-            Run::Exited { detail } if vm.restart == Some(tenure.epoch) => {
-                self.again(vm, tenure, over(detail))
+            Run::Exited { detail } if vm.restart == Some(tenure.epoch) => self.again(vm, tenure, over(detail)),
+            Run::Exited { detail } if vm.desired.wants_qemu() => self.crashed(vm, tenure, over(detail)),
+            Run::Fenced if vm.desired.wants_qemu() => {
+                self.again(vm, tenure, Cause::Fenced { node: tenure.node, epoch: tenure.epoch });
             }
-            Run::Exited { detail } if vm.desired.wants_qemu() => {
-                self.crashed(vm, tenure, over(detail))
-            }
-            Run::Exited { detail } | Run::StartFailed { detail } if !vm.desired.wants_qemu() => {
-                let after = vec![Ended {
-                    tenure,
-                    evidence: Evidence::Exited,
-                }];
-                let asked = vm.causes.iter().rev().find(|because| {
-                    matches!(
-                        because.cause,
-                        Cause::Requested { .. } | Cause::GuestShutdown { .. }
-                    )
-                });
-                let cause = asked.map_or_else(|| over(detail), |because| because.cause.clone());
+            Run::Exited { .. } | Run::StartFailed { .. } | Run::Fenced if !vm.desired.wants_qemu() => {
+                let after = vec![Ended { tenure, evidence: Evidence::Exited }];
+                let asked = vm
+                    .causes
+                    .iter()
+                    .rev()
+                    .find(|because| matches!(because.cause, Cause::Requested { .. } | Cause::GuestShutdown { .. }));
+                let ended = || over("it was to be off".into());
+                let cause = asked.map_or_else(ended, |because| because.cause.clone());
                 self.decide(Action::Vacate { vm: vm.id, after }, cause);
             }
             Run::StartFailed { detail } => {
-                let cause = Cause::StartFailed {
-                    node: tenure.node,
-                    epoch: tenure.epoch,
-                    detail,
-                };
+                let cause = Cause::StartFailed { node: tenure.node, epoch: tenure.epoch, detail };
                 self.crashed(vm, tenure, cause);
             }
             Run::GuestShutdown if vm.desired.wants_qemu() && vm.restart.is_none() => {
-                let cause = Cause::GuestShutdown {
-                    node: tenure.node,
-                    epoch: tenure.epoch,
-                };
+                let cause = Cause::GuestShutdown { node: tenure.node, epoch: tenure.epoch };
                 self.decide(Action::SwitchOff { vm: vm.id }, cause);
             }
             Run::Starting => self.saw(vm, Seen::Starting),
@@ -162,122 +118,68 @@ impl Planner<'_> {
     /// QEMU died under a VM that should run: in place while the budget lasts,
     /// then on another node while its budget lasts, then not at all.
     pub(super) fn crashed(&mut self, vm: &Vm, tenure: Tenure, cause: Cause) {
-        let after = vec![Ended {
-            tenure,
-            evidence: Evidence::Exited,
-        }];
+        let after = vec![Ended { tenure, evidence: Evidence::Exited }];
         let settings = &self.state.settings;
         let (window_s, budget) = (settings.crash_window_s, settings.crash_budget);
         let recent = |crash: &&Crash| crash.at_ms + window_s * 1000 > self.now_ms;
-        let on = |node: NodeId| {
-            vm.crashes
-                .iter()
-                .filter(recent)
-                .filter(|crash| crash.node == node)
-                .count() as u32
-        };
+        let on = |node: NodeId| vm.crashes.iter().filter(recent).filter(|crash| crash.node == node).count() as u32;
         let in_all = vm.crashes.iter().filter(recent).count() as u32;
         let here = on(tenure.node);
         // What cannot be started here will not be startable a moment later: elsewhere at once.
         let stays = matches!(cause, Cause::Exited { .. }) && here < budget;
-        let spent: Vec<_> = self
-            .state
-            .nodes
-            .keys()
-            .copied()
-            .filter(|node| *node == tenure.node || on(*node) >= budget)
-            .collect();
+        let spent: Vec<_> =
+            self.state.nodes.keys().copied().filter(|node| *node == tenure.node || on(*node) >= budget).collect();
         let (Cause::Exited { detail, .. } | Cause::StartFailed { detail, .. }) = &cause else {
             return;
         };
         let detail = detail.clone();
         if stays
-            && self.state.nodes.get(&tenure.node).is_some_and(|node| {
-                placement::fits(&self.state, node, Some(vm.id), &vm.spec).is_ok()
-            })
+            && self
+                .state
+                .nodes
+                .get(&tenure.node)
+                .is_some_and(|node| placement::fits(&self.state, node, Some(vm.id), &vm.spec).is_ok())
         {
-            return self.decide(
-                Action::Place {
-                    vm: vm.id,
-                    node: tenure.node,
-                    after,
-                },
-                cause,
-            );
+            return self.decide(Action::Place { vm: vm.id, node: tenure.node, after }, cause);
         }
         match placement::choose(&self.state, vm.id, &vm.spec, &spent, &self.quiet()) {
-            Ok((node, _)) if in_all < 2 * budget => self.decide(
-                Action::Place {
-                    vm: vm.id,
-                    node,
-                    after,
-                },
-                cause,
-            ),
+            Ok((node, _)) if in_all < 2 * budget => self.decide(Action::Place { vm: vm.id, node, after }, cause),
             _ => {
                 let why = format!("{cause}; {} crashes in the last {window_s} s", in_all + 1);
                 self.decide(Action::Vacate { vm: vm.id, after }, cause);
-                let cause = Cause::BudgetSpent {
-                    crashes: in_all + 1,
-                    window_s,
-                    detail,
-                };
-                self.decide(
-                    Action::Hold {
-                        vm: vm.id,
-                        hold: Hold::Failed { why },
-                    },
-                    cause,
-                );
+                let cause = Cause::BudgetSpent { crashes: in_all + 1, window_s, detail };
+                self.decide(Action::Hold { vm: vm.id, hold: Hold::Failed { why } }, cause);
             }
         }
     }
 
     /// The old run ended as a restart wanted it: start again, here if possible.
     fn again(&mut self, vm: &Vm, tenure: Tenure, fallback: Cause) {
-        let after = vec![Ended {
-            tenure,
-            evidence: Evidence::Exited,
-        }];
+        let after = vec![Ended { tenure, evidence: Evidence::Exited }];
         let cause = self.asked_for_restart(vm).unwrap_or(fallback);
         let here = self.state.nodes.get(&tenure.node);
-        if here
-            .is_some_and(|node| placement::fits(&self.state, node, Some(vm.id), &vm.spec).is_ok())
-        {
-            return self.decide(
-                Action::Place {
-                    vm: vm.id,
-                    node: tenure.node,
-                    after,
-                },
-                cause,
-            );
+        if here.is_some_and(|node| placement::fits(&self.state, node, Some(vm.id), &vm.spec).is_ok()) {
+            return self.decide(Action::Place { vm: vm.id, node: tenure.node, after }, cause);
         }
         self.place_anew(vm, after, cause);
     }
 
     fn asked_for_restart(&self, vm: &Vm) -> Option<Cause> {
         let restarting = |job: &&Job| job.vm == vm.id && matches!(job.work, Work::Restart { .. });
-        self.state
-            .running_jobs()
-            .find(restarting)
-            .map(|job| Cause::Requested { by: job.by.clone() })
+        self.state.running_jobs().find(restarting).map(|job| Cause::Requested { by: job.by.clone() })
     }
 
     /// A guest that does not react to its power button goes on, and the job says so.
     fn give_up_waiting(&mut self, vm: &Vm) {
         let timeout_ms = u64::from(vm.spec.stop_timeout_s) * 1000;
-        let waits =
-            |job: &&Job| job.vm == vm.id && matches!(job.work, Work::Stop | Work::Restart { .. });
+        let waits = |job: &&Job| job.vm == vm.id && matches!(job.work, Work::Stop | Work::Restart { .. });
         let Some(job) = self.state.running_jobs().find(waits) else {
             return;
         };
         if self.now_ms < job.began_ms + timeout_ms {
             return;
         }
-        let cause = Cause::NoReaction {
-            seconds: vm.spec.stop_timeout_s,
-        };
+        let cause = Cause::NoReaction { seconds: vm.spec.stop_timeout_s };
         match job.work {
             Work::Stop => self.decide(Action::GiveUpStop { vm: vm.id }, cause),
             _ => self.decide(Action::GiveUpRestart { vm: vm.id }, cause),
@@ -288,20 +190,13 @@ impl Planner<'_> {
         let cause = by_hand(vm);
         let gone = match self.state.nodes.get(&node) {
             Some(node) if node.is_up() => None,
-            _ => Some(format!(
-                "{} was lost while it worked on the disks",
-                self.state.node_name(node)
-            )),
+            _ => Some(format!("{} was lost while it worked on the disks", self.state.node_name(node))),
         };
-        let report = self.state.nodes.get(&node).and_then(|known| {
-            self.observed
-                .nodes
-                .get(&node)?
-                .report_in_term(known)?
-                .work
-                .get(&job)
-                .cloned()
-        });
+        let report = self
+            .state
+            .nodes
+            .get(&node)
+            .and_then(|known| self.observed.nodes.get(&node)?.report_in_term(known)?.work.get(&job).cloned());
         let end = match (&report, gone) {
             (Some(report), None) => report.end.clone(),
             (_, Some(why)) => Some(Err(why)),
@@ -325,33 +220,19 @@ impl Planner<'_> {
         let Some(known) = self.state.jobs.get(&job) else {
             return;
         };
-        let stepped = progress.percent.abs_diff(known.progress.percent) >= 5
-            || known.progress.note.is_empty();
+        let stepped = progress.percent.abs_diff(known.progress.percent) >= 5 || known.progress.note.is_empty();
         if stepped && progress != known.progress {
-            let cause = Cause::Requested {
-                by: known.by.clone(),
-            };
+            let cause = Cause::Requested { by: known.by.clone() };
             self.decide(Action::Progress { job, progress }, cause);
         }
     }
 
     pub(super) fn why_void(&self, tenure: &Tenure) -> Cause {
         match self.state.nodes.get(&tenure.node) {
-            Some(node) if node.is_up() => Cause::KeeperRestarted {
-                node: node.id,
-                incarnation: node.incarnation,
-            },
+            Some(node) if node.is_up() => Cause::KeeperRestarted { node: node.id, incarnation: node.incarnation },
             _ => {
-                let silent_ms = self
-                    .observed
-                    .nodes
-                    .get(&tenure.node)
-                    .map_or(0, |seen| seen.silent_ms);
-                Cause::LeaseEnded {
-                    node: tenure.node,
-                    term: tenure.term,
-                    silent_ms,
-                }
+                let silent_ms = self.observed.nodes.get(&tenure.node).map_or(0, |seen| seen.silent_ms);
+                Cause::LeaseEnded { node: tenure.node, term: tenure.term, silent_ms }
             }
         }
     }
@@ -361,10 +242,7 @@ impl Planner<'_> {
 /// last run. A crash is not repeated here: it was counted when it happened.
 fn why_wanted(vm: &Vm) -> Cause {
     let lost = |cause: &Cause| {
-        matches!(
-            cause,
-            Cause::Requested { .. } | Cause::LeaseEnded { .. } | Cause::KeeperRestarted { .. }
-        )
+        matches!(cause, Cause::Requested { .. } | Cause::LeaseEnded { .. } | Cause::KeeperRestarted { .. })
     };
     vm.causes
         .iter()
@@ -376,15 +254,6 @@ fn why_wanted(vm: &Vm) -> Cause {
 }
 
 fn by_hand(vm: &Vm) -> Cause {
-    let asked = vm
-        .causes
-        .iter()
-        .rev()
-        .find(|because| matches!(because.cause, Cause::Requested { .. }));
-    asked.map_or_else(
-        || Cause::Requested {
-            by: "its creator".into(),
-        },
-        |because| because.cause.clone(),
-    )
+    let asked = vm.causes.iter().rev().find(|because| matches!(because.cause, Cause::Requested { .. }));
+    asked.map_or_else(|| Cause::Requested { by: "its creator".into() }, |because| because.cause.clone())
 }

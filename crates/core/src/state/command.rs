@@ -259,16 +259,10 @@ impl Refusal {
     }
 
     pub(crate) fn unknown(what: &str, name: impl ToString) -> Self {
-        Refusal::Unknown {
-            what: what.into(),
-            name: name.to_string(),
-        }
+        Refusal::Unknown { what: what.into(), name: name.to_string() }
     }
 
     pub(crate) fn duplicate(what: &str, name: &str) -> Self {
-        Refusal::Duplicate {
-            what: what.into(),
-            name: name.into(),
-        }
+        Refusal::Duplicate { what: what.into(), name: name.into() }
     }
 }

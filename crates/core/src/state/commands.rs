@@ -12,21 +12,13 @@ impl ClusterState {
     pub(super) fn execute(&mut self, proposal: &Proposal) -> Executed {
         let (at_ms, by) = (proposal.at_ms, proposal.by.as_str());
         if self.cluster.name.is_empty() && !matches!(proposal.command, Command::Found { .. }) {
-            return Err(Refusal::Conflict(
-                "this host belongs to no cluster yet".into(),
-            ));
+            return Err(Refusal::Conflict("this host belongs to no cluster yet".into()));
         }
         match proposal.command.clone() {
             Command::Found { cluster, node } => self.found(at_ms, cluster, node),
             Command::AddJoinToken { digest, expires_ms } => {
                 self.join_tokens.retain(|_, token| token.expires_ms > at_ms);
-                self.join_tokens.insert(
-                    digest,
-                    JoinToken {
-                        expires_ms,
-                        used_by: None,
-                    },
-                );
+                self.join_tokens.insert(digest, JoinToken { expires_ms, used_by: None });
                 Ok(Reply::Done)
             }
             Command::Join { digest, node } => self.join(at_ms, &digest, node),
@@ -38,12 +30,7 @@ impl ClusterState {
                 if new.length_ms > old.length_ms {
                     self.settings.longest_lease = new;
                 }
-                self.event(
-                    at_ms,
-                    Severity::Info,
-                    "cluster",
-                    format!("{by} chose the failover profile {profile:?}"),
-                );
+                self.event(at_ms, Severity::Info, "cluster", format!("{by} chose the failover profile {profile:?}"));
                 Ok(Reply::Done)
             }
             Command::AddApiToken { name, digest } => {
@@ -51,50 +38,22 @@ impl ClusterState {
                 if self.api_tokens.contains_key(&name) {
                     return Err(Refusal::duplicate("token", &name));
                 }
-                self.event(
-                    at_ms,
-                    Severity::Info,
-                    format!("token {name}"),
-                    format!("{by} made it"),
-                );
-                self.api_tokens.insert(
-                    name,
-                    ApiToken {
-                        digest,
-                        created_ms: at_ms,
-                    },
-                );
+                self.event(at_ms, Severity::Info, format!("token {name}"), format!("{by} made it"));
+                self.api_tokens.insert(name, ApiToken { digest, created_ms: at_ms });
                 Ok(Reply::Done)
             }
             Command::RemoveApiToken { name } => {
-                self.api_tokens
-                    .remove(&name)
-                    .ok_or_else(|| Refusal::unknown("token", &name))?;
-                self.event(
-                    at_ms,
-                    Severity::Info,
-                    format!("token {name}"),
-                    format!("{by} revoked it"),
-                );
+                self.api_tokens.remove(&name).ok_or_else(|| Refusal::unknown("token", &name))?;
+                self.event(at_ms, Severity::Info, format!("token {name}"), format!("{by} revoked it"));
                 Ok(Reply::Done)
             }
-            Command::SetNetwork {
-                network,
-                name,
-                roles,
-                metric,
-            } => self.set_network(&network, name, roles, metric),
+            Command::SetNetwork { network, name, roles, metric } => self.set_network(&network, name, roles, metric),
             Command::AddSwitch { name, kind } => {
                 valid_name("switch", &name)?;
                 if self.switches.contains_key(&name) {
                     return Err(Refusal::duplicate("switch", &name));
                 }
-                self.event(
-                    at_ms,
-                    Severity::Info,
-                    format!("switch {name}"),
-                    format!("{by} added it"),
-                );
+                self.event(at_ms, Severity::Info, format!("switch {name}"), format!("{by} added it"));
                 self.switches.insert(name, kind);
                 Ok(Reply::Done)
             }
@@ -102,23 +61,14 @@ impl ClusterState {
                 if !self.switches.contains_key(&name) {
                     return Err(Refusal::unknown("switch", &name));
                 }
-                if let Some(vm) = self
-                    .vms
-                    .values()
-                    .find(|vm| vm.spec.nics.iter().any(|nic| nic.switch == name))
-                {
+                if let Some(vm) = self.vms.values().find(|vm| vm.spec.nics.iter().any(|nic| nic.switch == name)) {
                     return Err(Refusal::Conflict(format!(
                         "switch {name:?} is used by VM {:?}: unplug it first",
                         vm.name
                     )));
                 }
                 self.switches.remove(&name);
-                self.event(
-                    at_ms,
-                    Severity::Info,
-                    format!("switch {name}"),
-                    format!("{by} removed it"),
-                );
+                self.event(at_ms, Severity::Info, format!("switch {name}"), format!("{by} removed it"));
                 Ok(Reply::Done)
             }
             Command::AddVolume { name, id, kind } => {
@@ -126,27 +76,11 @@ impl ClusterState {
                 if self.volumes.contains_key(&name) {
                     return Err(Refusal::duplicate("volume", &name));
                 }
-                if let Some((other, _)) =
-                    self.volumes.iter().find(|(_, volume)| volume.kind == kind)
-                {
-                    return Err(Refusal::Conflict(format!(
-                        "volume {other:?} is on the same directory already"
-                    )));
+                if let Some((other, _)) = self.volumes.iter().find(|(_, volume)| volume.kind == kind) {
+                    return Err(Refusal::Conflict(format!("volume {other:?} is on the same directory already")));
                 }
-                self.event(
-                    at_ms,
-                    Severity::Info,
-                    format!("volume {name}"),
-                    format!("{by} added it"),
-                );
-                self.volumes.insert(
-                    name,
-                    Volume {
-                        id,
-                        kind,
-                        added_ms: at_ms,
-                    },
-                );
+                self.event(at_ms, Severity::Info, format!("volume {name}"), format!("{by} added it"));
+                self.volumes.insert(name, Volume { id, kind, added_ms: at_ms });
                 Ok(Reply::Done)
             }
             Command::RemoveVolume { name } => {
@@ -160,35 +94,20 @@ impl ClusterState {
                     )));
                 }
                 self.volumes.remove(&name);
-                self.event(
-                    at_ms,
-                    Severity::Info,
-                    format!("volume {name}"),
-                    format!("{by} removed it; its files stay"),
-                );
+                self.event(at_ms, Severity::Info, format!("volume {name}"), format!("{by} removed it; its files stay"));
                 Ok(Reply::Done)
             }
-            Command::CreateVm {
-                id,
-                name,
-                spec,
-                node,
-                sources,
-            } => self.create_vm(at_ms, by, id, name, spec, node, sources),
+            Command::CreateVm { id, name, spec, node, sources } => {
+                self.create_vm(at_ms, by, id, name, spec, node, sources)
+            }
             Command::SetDesired { vm, desired } => self.set_desired(at_ms, by, vm, desired),
             Command::RestartVm { vm } => self.restart_vm(at_ms, by, vm),
             Command::DeleteVm { vm, node } => self.delete_vm(at_ms, by, vm, node),
             Command::MigrateVm { vm, to } => self.migrate_vm(at_ms, by, vm, to),
             Command::CancelJob { job } => self.cancel_job(at_ms, by, job),
-            Command::Decide {
-                revision,
-                decisions,
-            } => {
+            Command::Decide { revision, decisions } => {
                 if revision != self.revision {
-                    return Err(Refusal::Stale {
-                        planned: revision,
-                        current: self.revision,
-                    });
+                    return Err(Refusal::Stale { planned: revision, current: self.revision });
                 }
                 for decision in &decisions {
                     self.decide(at_ms, decision);
@@ -200,34 +119,22 @@ impl ClusterState {
 
     fn found(&mut self, at_ms: u64, cluster: Cluster, node: NewNode) -> Executed {
         if !self.cluster.name.is_empty() {
-            return Err(Refusal::AlreadyFounded {
-                name: self.cluster.name.clone(),
-            });
+            return Err(Refusal::AlreadyFounded { name: self.cluster.name.clone() });
         }
         valid_name("cluster", &cluster.name)?;
         valid_name("node", &node.name)?;
-        self.event(
-            at_ms,
-            Severity::Info,
-            "cluster",
-            format!("{} founded it as {:?}", node.name, cluster.name),
-        );
+        self.event(at_ms, Severity::Info, "cluster", format!("{} founded it as {:?}", node.name, cluster.name));
         self.cluster = cluster;
         Ok(Reply::Node(self.admit_host(at_ms, node)))
     }
 
     fn join(&mut self, at_ms: u64, digest: &str, node: NewNode) -> Executed {
-        let bad = |text: &str| {
-            Err(Refusal::Token(format!(
-                "{text}: make a new one with `holdfast node token`"
-            )))
-        };
+        let bad = |text: &str| Err(Refusal::Token(format!("{text}: make a new one with `holdfast node token`")));
         match self.join_tokens.get(digest) {
             None => return bad("this join token was never issued here, or expired long ago"),
-            Some(JoinToken {
-                used_by: Some(host),
-                ..
-            }) => return bad(&format!("this join token was used by {host} already")),
+            Some(JoinToken { used_by: Some(host), .. }) => {
+                return bad(&format!("this join token was used by {host} already"));
+            }
             Some(token) if token.expires_ms <= at_ms => return bad("this join token has expired"),
             Some(_) => {}
         }
@@ -238,12 +145,7 @@ impl ClusterState {
         if let Some(token) = self.join_tokens.get_mut(digest) {
             token.used_by = Some(node.name.clone());
         }
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("node {}", node.name),
-            "joined the cluster",
-        );
+        self.event(at_ms, Severity::Info, format!("node {}", node.name), "joined the cluster");
         Ok(Reply::Node(self.admit_host(at_ms, node)))
     }
 
@@ -268,42 +170,25 @@ impl ClusterState {
     }
 
     fn remove_node(&mut self, at_ms: u64, by: &str, id: NodeId) -> Executed {
-        let node = self
-            .nodes
-            .get(&id)
-            .ok_or_else(|| Refusal::unknown("node", id))?;
+        let node = self.nodes.get(&id).ok_or_else(|| Refusal::unknown("node", id))?;
         let name = node.name.clone();
-        if let Some(vm) = self
-            .vms
-            .values()
-            .find(|vm| vm.tenures().any(|t| t.node == id && !self.is_void(t)))
-        {
+        if let Some(vm) = self.vms.values().find(|vm| vm.tenures().any(|t| t.node == id && !self.is_void(t))) {
             return Err(Refusal::Conflict(format!(
                 "VM {:?} is on node {name:?}: move it away or shut it down first",
                 vm.name
             )));
         }
         if self.nodes.len() == 1 {
-            return Err(Refusal::Conflict(format!(
-                "node {name:?} is the last one of the cluster"
-            )));
+            return Err(Refusal::Conflict(format!("node {name:?} is the last one of the cluster")));
         }
         self.nodes.remove(&id);
         self.find_networks();
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("node {name}"),
-            format!("{by} removed it"),
-        );
+        self.event(at_ms, Severity::Info, format!("node {name}"), format!("{by} removed it"));
         Ok(Reply::Done)
     }
 
     fn set_facts(&mut self, id: NodeId, facts: NodeFacts) -> Executed {
-        let node = self
-            .nodes
-            .get_mut(&id)
-            .ok_or_else(|| Refusal::unknown("node", id))?;
+        let node = self.nodes.get_mut(&id).ok_or_else(|| Refusal::unknown("node", id))?;
         node.facts = facts;
         self.find_networks();
         Ok(Reply::Done)
@@ -311,12 +196,8 @@ impl ClusterState {
 
     /// Names every subnet that a node has an address in; forgets those that are gone.
     pub(super) fn find_networks(&mut self) {
-        let subnets: std::collections::BTreeSet<_> = self
-            .nodes
-            .values()
-            .flat_map(|node| &node.facts.addresses)
-            .map(subnet)
-            .collect();
+        let subnets: std::collections::BTreeSet<_> =
+            self.nodes.values().flat_map(|node| &node.facts.addresses).map(subnet).collect();
         self.networks.retain(|known, _| subnets.contains(known));
         for found in subnets {
             if self.networks.contains_key(&found) {
@@ -327,18 +208,8 @@ impl ClusterState {
             let Some(name) = free.into_iter().find(|name| !taken(name)) else {
                 continue;
             };
-            let roles = Roles {
-                cluster: true,
-                migration: true,
-            };
-            self.networks.insert(
-                found,
-                Network {
-                    name,
-                    roles,
-                    metric: 100,
-                },
-            );
+            let roles = Roles { cluster: true, migration: true };
+            self.networks.insert(found, Network { name, roles, metric: 100 });
         }
     }
 
@@ -357,24 +228,13 @@ impl ClusterState {
             .ok_or_else(|| Refusal::unknown("network", which))?;
         if let Some(name) = &name {
             valid_name("network", name)?;
-            if self
-                .networks
-                .iter()
-                .any(|(subnet, network)| network.name == *name && *subnet != key)
-            {
+            if self.networks.iter().any(|(subnet, network)| network.name == *name && *subnet != key) {
                 return Err(Refusal::duplicate("network", name));
             }
         }
         let loses_cluster = roles.is_some_and(|roles| !roles.cluster);
-        if loses_cluster
-            && !self
-                .networks
-                .iter()
-                .any(|(subnet, network)| network.roles.cluster && *subnet != key)
-        {
-            return Err(Refusal::Conflict(
-                "at least one network has to carry the cluster's own traffic".into(),
-            ));
+        if loses_cluster && !self.networks.iter().any(|(subnet, network)| network.roles.cluster && *subnet != key) {
+            return Err(Refusal::Conflict("at least one network has to carry the cluster's own traffic".into()));
         }
         if let Some(network) = self.networks.get_mut(&key) {
             network.name = name.unwrap_or_else(|| network.name.clone());
@@ -404,26 +264,10 @@ impl ClusterState {
             return Err(Refusal::unknown("node", node));
         }
         if let Err(denials) = placement::choose(self, id, &spec, &[], &[]) {
-            return Err(Refusal::NoRoom {
-                vm: name,
-                why: placement::tell(self, &denials),
-            });
+            return Err(Refusal::NoRoom { vm: name, why: placement::tell(self, &denials) });
         }
-        let job = self.begin_job(
-            at_ms,
-            by,
-            Work::Create {
-                start: sources.start,
-            },
-            id,
-            &name,
-        );
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("vm {name}"),
-            format!("{by} created it"),
-        );
+        let job = self.begin_job(at_ms, by, Work::Create { start: sources.start }, id, &name);
+        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} created it"));
         let vm = Vm {
             id,
             name,
@@ -449,20 +293,14 @@ impl ClusterState {
             return invalid(format!("{} processors: a VM has 1 to 512", spec.cpus));
         }
         if spec.memory_bytes < 16 << 20 || !spec.memory_bytes.is_multiple_of(1 << 20) {
-            return invalid(format!(
-                "{} bytes of memory: a VM has at least 16 MiB, in whole MiB",
-                spec.memory_bytes
-            ));
+            return invalid(format!("{} bytes of memory: a VM has at least 16 MiB, in whole MiB", spec.memory_bytes));
         }
         for disk in &spec.disks {
             if !self.volumes.contains_key(&disk.volume) {
                 return Err(Refusal::unknown("volume", &disk.volume));
             }
             if disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512) {
-                return invalid(format!(
-                    "a disk of {} bytes: its size is a positive multiple of 512",
-                    disk.size_bytes
-                ));
+                return invalid(format!("a disk of {} bytes: its size is a positive multiple of 512", disk.size_bytes));
             }
         }
         if let Some(boot) = &spec.direct_boot
@@ -477,11 +315,7 @@ impl ClusterState {
             if nic.vlan.is_some_and(|vlan| !(1..=4094).contains(&vlan)) {
                 return invalid("a VLAN is 1 to 4094".into());
             }
-            if let Some(vm) = self
-                .vms
-                .values()
-                .find(|vm| vm.spec.nics.iter().any(|other| other.mac == nic.mac))
-            {
+            if let Some(vm) = self.vms.values().find(|vm| vm.spec.nics.iter().any(|other| other.mac == nic.mac)) {
                 return Err(Refusal::Conflict(format!(
                     "VM {:?} has the hardware address {} already",
                     vm.name, nic.mac
@@ -506,9 +340,7 @@ impl ClusterState {
                 )));
             }
             Desired::Paused if !was.wants_qemu() || off => {
-                return Err(Refusal::Conflict(format!(
-                    "VM {name:?} does not run, so it cannot be paused"
-                )));
+                return Err(Refusal::Conflict(format!("VM {name:?} does not run, so it cannot be paused")));
             }
             Desired::Paused if was == Desired::Paused => {
                 return Err(Refusal::Conflict(format!("VM {name:?} is paused already")));
@@ -527,9 +359,7 @@ impl ClusterState {
                 )));
             }
             Desired::Paused if matches!(vm.placement, Placement::Moving { .. }) => {
-                return Err(Refusal::Conflict(format!(
-                    "VM {name:?} is being migrated: wait, or cancel the job"
-                )));
+                return Err(Refusal::Conflict(format!("VM {name:?} is being migrated: wait, or cancel the job")));
             }
             _ => {}
         }
@@ -537,16 +367,9 @@ impl ClusterState {
             && off
             && let Err(denials) = placement::choose(self, id, &self.vms[&id].spec.clone(), &[], &[])
         {
-            return Err(Refusal::NoRoom {
-                vm: name,
-                why: placement::tell(self, &denials),
-            });
+            return Err(Refusal::NoRoom { vm: name, why: placement::tell(self, &denials) });
         }
-        let work = if desired.wants_qemu() {
-            Work::Start
-        } else {
-            Work::Stop
-        };
+        let work = if desired.wants_qemu() { Work::Start } else { Work::Stop };
         let Some(vm) = self.vms.get_mut(&id) else {
             return Err(Refusal::unknown("VM", id));
         };
@@ -566,17 +389,8 @@ impl ClusterState {
             Desired::Stopped => "shut down",
             Desired::ForcedOff => "switched off",
         };
-        vm.remember(
-            at_ms,
-            format!("to be {wish}"),
-            Cause::Requested { by: by.into() },
-        );
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("vm {name}"),
-            format!("{by} wants it {wish}"),
-        );
+        vm.remember(at_ms, format!("to be {wish}"), Cause::Requested { by: by.into() });
+        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} wants it {wish}"));
         self.supersede_jobs(at_ms, id);
         Ok(Reply::Job(self.begin_job(at_ms, by, work, id, &name)))
     }
@@ -590,49 +404,26 @@ impl ClusterState {
             )));
         };
         if vm.desired != Desired::Running {
-            return Err(Refusal::Conflict(format!(
-                "VM {name:?} is not running, so it cannot be restarted"
-            )));
+            return Err(Refusal::Conflict(format!("VM {name:?} is not running, so it cannot be restarted")));
         }
         if let Some(vm) = self.vms.get_mut(&id) {
             vm.restart = Some(epoch);
         }
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("vm {name}"),
-            format!("{by} wants it restarted"),
-        );
+        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} wants it restarted"));
         self.supersede_jobs(at_ms, id);
-        Ok(Reply::Job(self.begin_job(
-            at_ms,
-            by,
-            Work::Restart { epoch },
-            id,
-            &name,
-        )))
+        Ok(Reply::Job(self.begin_job(at_ms, by, Work::Restart { epoch }, id, &name)))
     }
 
     fn delete_vm(&mut self, at_ms: u64, by: &str, id: VmId, node: NodeId) -> Executed {
         let vm = self.ready_vm(id)?;
         let name = vm.name.clone();
         if vm.placement != Placement::Nowhere || vm.desired.wants_qemu() {
-            return Err(Refusal::Conflict(format!(
-                "VM {name:?} is not off: stop it first"
-            )));
+            return Err(Refusal::Conflict(format!("VM {name:?} is not off: stop it first")));
         }
         if !self.nodes.get(&node).is_some_and(Node::is_up) {
-            return Err(Refusal::Conflict(format!(
-                "{} is not up, so it cannot delete disks",
-                self.node_name(node)
-            )));
+            return Err(Refusal::Conflict(format!("{} is not up, so it cannot delete disks", self.node_name(node))));
         }
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("vm {name}"),
-            format!("{by} deletes it"),
-        );
+        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} deletes it"));
         self.supersede_jobs(at_ms, id);
         let job = self.begin_job(at_ms, by, Work::Delete, id, &name);
         if let Some(vm) = self.vms.get_mut(&id) {
@@ -645,15 +436,11 @@ impl ClusterState {
         let vm = self.ready_vm(id)?;
         let name = vm.name.clone();
         let from = match &vm.placement {
-            Placement::On(tenure)
-                if vm.desired.wants_qemu() && matches!(vm.seen, Seen::Running | Seen::Paused) =>
-            {
+            Placement::On(tenure) if vm.desired.wants_qemu() && matches!(vm.seen, Seen::Running | Seen::Paused) => {
                 *tenure
             }
             Placement::Moving { job, .. } => {
-                return Err(Refusal::Conflict(format!(
-                    "VM {name:?} is being migrated already, by job {job}"
-                )));
+                return Err(Refusal::Conflict(format!("VM {name:?} is being migrated already, by job {job}")));
             }
             _ => {
                 return Err(Refusal::Conflict(format!(
@@ -662,28 +449,18 @@ impl ClusterState {
             }
         };
         if vm.restart.is_some() {
-            return Err(Refusal::Conflict(format!(
-                "VM {name:?} is being restarted: wait"
-            )));
+            return Err(Refusal::Conflict(format!("VM {name:?} is being restarted: wait")));
         }
         if self.is_void(&from) {
-            return Err(Refusal::Conflict(format!(
-                "the node of VM {name:?} was lost: it restarts elsewhere"
-            )));
+            return Err(Refusal::Conflict(format!("the node of VM {name:?} was lost: it restarts elsewhere")));
         }
         let spec = vm.spec.clone();
         let to = match to {
             Some(to) if to == from.node => {
-                return Err(Refusal::Conflict(format!(
-                    "VM {name:?} is on {} already",
-                    self.node_name(to)
-                )));
+                return Err(Refusal::Conflict(format!("VM {name:?} is on {} already", self.node_name(to))));
             }
             Some(to) => {
-                let node = self
-                    .nodes
-                    .get(&to)
-                    .ok_or_else(|| Refusal::unknown("node", to))?;
+                let node = self.nodes.get(&to).ok_or_else(|| Refusal::unknown("node", to))?;
                 placement::fits(self, node, Some(id), &spec).map_err(|denial| Refusal::NoRoom {
                     vm: name.clone(),
                     why: placement::tell(self, &[(to, denial)]),
@@ -694,22 +471,13 @@ impl ClusterState {
                 placement::choose(self, id, &spec, &[from.node], &[])
                     .map_err(|mut denials| {
                         denials.retain(|(node, _)| *node != from.node);
-                        Refusal::NoRoom {
-                            vm: name.clone(),
-                            why: placement::tell(self, &denials),
-                        }
+                        Refusal::NoRoom { vm: name.clone(), why: placement::tell(self, &denials) }
                     })?
                     .0
             }
         };
-        let source = self
-            .nodes
-            .get(&from.node)
-            .ok_or_else(|| Refusal::unknown("node", from.node))?;
-        let target = self
-            .nodes
-            .get(&to)
-            .ok_or_else(|| Refusal::unknown("node", to))?;
+        let source = self.nodes.get(&from.node).ok_or_else(|| Refusal::unknown("node", from.node))?;
+        let target = self.nodes.get(&to).ok_or_else(|| Refusal::unknown("node", to))?;
         if source.facts.accelerator != target.facts.accelerator {
             return Err(Refusal::Conflict(format!(
                 "{} runs guests with {}, {} with {}: a running guest cannot move between the two",
@@ -718,58 +486,24 @@ impl ClusterState {
         }
         let (term, target_name) = (target.term, target.name.clone());
         self.supersede_jobs(at_ms, id);
-        let job = self.begin_job(
-            at_ms,
-            by,
-            Work::Migrate {
-                from: from.node,
-                to,
-            },
-            id,
-            &name,
-        );
+        let job = self.begin_job(at_ms, by, Work::Migrate { from: from.node, to }, id, &name);
         if let Some(vm) = self.vms.get_mut(&id) {
             vm.last_epoch = vm.last_epoch.next();
-            let to = Tenure {
-                node: to,
-                term,
-                epoch: vm.last_epoch,
-            };
-            vm.placement = Placement::Moving {
-                from,
-                to,
-                job,
-                stage: MoveStage::Preparing,
-                cancel: false,
-            };
-            vm.remember(
-                at_ms,
-                format!("to be migrated to {target_name}"),
-                Cause::Requested { by: by.into() },
-            );
+            let to = Tenure { node: to, term, epoch: vm.last_epoch };
+            vm.placement = Placement::Moving { from, to, job, stage: MoveStage::Preparing, cancel: false };
+            vm.remember(at_ms, format!("to be migrated to {target_name}"), Cause::Requested { by: by.into() });
         }
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("vm {name}"),
-            format!("{by} migrates it to {target_name}"),
-        );
+        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} migrates it to {target_name}"));
         Ok(Reply::Job(job))
     }
 
     fn cancel_job(&mut self, at_ms: u64, by: &str, id: JobId) -> Executed {
-        let job = self
-            .jobs
-            .get(&id)
-            .ok_or_else(|| Refusal::unknown("job", id))?;
+        let job = self.jobs.get(&id).ok_or_else(|| Refusal::unknown("job", id))?;
         if job.end.is_some() {
             return Err(Refusal::Conflict(format!("job {id} has ended already")));
         }
-        let cannot = || {
-            Err(Refusal::Conflict(format!(
-                "job {id} cannot be cancelled: only migrations and shut-downs can"
-            )))
-        };
+        let cannot =
+            || Err(Refusal::Conflict(format!("job {id} cannot be cancelled: only migrations and shut-downs can")));
         let (vm, name) = (job.vm, job.vm_name.clone());
         match job.work {
             Work::Migrate { .. } => match self.vms.get_mut(&vm).map(|vm| &mut vm.placement) {
@@ -787,30 +521,16 @@ impl ClusterState {
             }
             _ => return cannot(),
         }
-        self.event(
-            at_ms,
-            Severity::Info,
-            format!("vm {name}"),
-            format!("{by} cancels job {id}"),
-        );
+        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} cancels job {id}"));
         Ok(Reply::Done)
     }
 
     fn ready_vm(&self, id: VmId) -> Result<&Vm, Refusal> {
-        let vm = self
-            .vms
-            .get(&id)
-            .ok_or_else(|| Refusal::unknown("VM", id))?;
+        let vm = self.vms.get(&id).ok_or_else(|| Refusal::unknown("VM", id))?;
         match vm.disks {
             DiskStage::Ready => Ok(vm),
-            DiskStage::Making { .. } => Err(Refusal::Conflict(format!(
-                "VM {:?} is still being created",
-                vm.name
-            ))),
-            DiskStage::Deleting { .. } => Err(Refusal::Conflict(format!(
-                "VM {:?} is being deleted",
-                vm.name
-            ))),
+            DiskStage::Making { .. } => Err(Refusal::Conflict(format!("VM {:?} is still being created", vm.name))),
+            DiskStage::Deleting { .. } => Err(Refusal::Conflict(format!("VM {:?} is being deleted", vm.name))),
         }
     }
 
@@ -826,14 +546,10 @@ impl ClusterState {
             began_ms: at_ms,
             progress: Progress::default(),
             end: None,
+            moved: None,
         };
         self.jobs.insert(id, job);
-        let ended: Vec<_> = self
-            .jobs
-            .values()
-            .filter(|job| job.end.is_some())
-            .map(|job| job.id)
-            .collect();
+        let ended: Vec<_> = self.jobs.values().filter(|job| job.end.is_some()).map(|job| job.id).collect();
         for id in ended.iter().take(ended.len().saturating_sub(JOBS_KEPT)) {
             self.jobs.remove(id);
         }
@@ -845,9 +561,7 @@ impl ClusterState {
     fn supersede_jobs(&mut self, at_ms: u64, vm: VmId) {
         let older: Vec<_> = self
             .running_jobs()
-            .filter(|job| {
-                job.vm == vm && matches!(job.work, Work::Start | Work::Stop | Work::Restart { .. })
-            })
+            .filter(|job| job.vm == vm && matches!(job.work, Work::Start | Work::Stop | Work::Restart { .. }))
             .map(|job| job.id)
             .collect();
         for id in older {
@@ -861,13 +575,8 @@ impl ClusterState {
 /// # Errors
 /// [`Refusal::Invalid`] says what a name looks like.
 pub fn valid_name(what: &str, name: &str) -> Result<(), Refusal> {
-    let first = name
-        .chars()
-        .next()
-        .is_some_and(|c| c.is_ascii_alphanumeric());
-    let rest = name
-        .chars()
-        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+    let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    let rest = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
     if first && rest && name.len() <= 63 {
         return Ok(());
     }

@@ -49,12 +49,7 @@ impl ClusterState {
                 };
                 vm.desired = Desired::Running;
                 let (vm, why) = (vm.id, cause.to_string());
-                self.end_jobs_of(
-                    at_ms,
-                    vm,
-                    |work| matches!(work, Work::Stop),
-                    &Outcome::Failed { why },
-                );
+                self.end_jobs_of(at_ms, vm, |work| matches!(work, Work::Stop), &Outcome::Failed { why });
             }
             Action::GiveUpRestart { vm } => {
                 let Some(vm) = self.vms.get_mut(vm) else {
@@ -62,26 +57,21 @@ impl ClusterState {
                 };
                 vm.restart = None;
                 let (vm, why) = (vm.id, cause.to_string());
-                self.end_jobs_of(
-                    at_ms,
-                    vm,
-                    |work| matches!(work, Work::Restart { .. }),
-                    &Outcome::Failed { why },
-                );
+                self.end_jobs_of(at_ms, vm, |work| matches!(work, Work::Restart { .. }), &Outcome::Failed { why });
             }
-            Action::Transfer {
-                vm,
-                address: listens,
-            } => {
-                if let Some(Placement::Moving { stage, .. }) =
-                    self.vms.get_mut(vm).map(|vm| &mut vm.placement)
-                {
-                    *stage = MoveStage::Transferring {
-                        address: listens.clone(),
-                    };
+            Action::Transfer { vm, address: listens } => {
+                if let Some(Placement::Moving { stage, .. }) = self.vms.get_mut(vm).map(|vm| &mut vm.placement) {
+                    *stage = MoveStage::Transferring { address: listens.clone() };
                 }
             }
-            Action::FinishMove { vm } => self.end_move(at_ms, *vm, true, cause),
+            Action::FinishMove { vm, moved } => {
+                if let Some(Placement::Moving { job, .. }) = self.vms.get(vm).map(|vm| &vm.placement)
+                    && let Some(job) = self.jobs.get_mut(job)
+                {
+                    job.moved = *moved;
+                }
+                self.end_move(at_ms, *vm, true, cause);
+            }
             Action::AbortMove { vm } => self.end_move(at_ms, *vm, false, cause),
             Action::Saw { vm, seen } => self.saw(at_ms, *vm, seen),
             Action::Progress { job, progress } => {
@@ -103,12 +93,7 @@ impl ClusterState {
             Action::DisksFailed { vm, why } => {
                 // Nothing half-made: a VM whose disks could not be made never was.
                 if let Some(vm) = self.vms.remove(vm) {
-                    self.end_jobs_of(
-                        at_ms,
-                        vm.id,
-                        |_| true,
-                        &Outcome::Failed { why: why.clone() },
-                    );
+                    self.end_jobs_of(at_ms, vm.id, |_| true, &Outcome::Failed { why: why.clone() });
                 }
             }
             Action::DisksDeleted { vm } => {
@@ -120,12 +105,7 @@ impl ClusterState {
                 };
                 vm.disks = DiskStage::Ready;
                 let vm = vm.id;
-                self.end_jobs_of(
-                    at_ms,
-                    vm,
-                    |work| matches!(work, Work::Delete),
-                    &Outcome::Failed { why: why.clone() },
-                );
+                self.end_jobs_of(at_ms, vm, |work| matches!(work, Work::Delete), &Outcome::Failed { why: why.clone() });
             }
             Action::LeasesSettled => self.settings.longest_lease = self.settings.profile.timing(),
         }
@@ -149,11 +129,7 @@ impl ClusterState {
         node.term = node.term.next();
         node.incarnation = incarnation;
         let (subject, term) = (format!("node {}", node.name), node.term);
-        let text = if first {
-            "is up".to_owned()
-        } else {
-            format!("is up again (term {term})")
-        };
+        let text = if first { "is up".to_owned() } else { format!("is up again (term {term})") };
         self.event(at_ms, Severity::Info, subject, text);
     }
 
@@ -175,20 +151,12 @@ impl ClusterState {
             _ => None,
         };
         vm.last_epoch = vm.last_epoch.next();
-        vm.placement = Placement::On(Tenure {
-            node,
-            term,
-            epoch: vm.last_epoch,
-        });
+        vm.placement = Placement::On(Tenure { node, term, epoch: vm.last_epoch });
         vm.seen = Seen::Nothing;
         vm.restart = None;
         vm.hold = None;
         let epoch = vm.last_epoch;
-        vm.remember(
-            at_ms,
-            format!("to run on {node_name} (epoch {epoch})"),
-            cause.clone(),
-        );
+        vm.remember(at_ms, format!("to run on {node_name} (epoch {epoch})"), cause.clone());
         let subject = format!("vm {}", vm.name);
         let severity = match cause {
             Cause::LeaseEnded { .. }
@@ -197,20 +165,9 @@ impl ClusterState {
             | Cause::StartFailed { .. } => Severity::Warning,
             _ => Severity::Info,
         };
-        self.event(
-            at_ms,
-            severity,
-            subject,
-            format!("starts on {node_name}: {cause}"),
-        );
+        self.event(at_ms, severity, subject, format!("starts on {node_name}: {cause}"));
         if let Some(job) = moving {
-            self.end_job(
-                at_ms,
-                job,
-                Outcome::Failed {
-                    why: format!("the VM had to be started anew: {cause}"),
-                },
-            );
+            self.end_job(at_ms, job, Outcome::Failed { why: format!("the VM had to be started anew: {cause}") });
         }
     }
 
@@ -218,30 +175,17 @@ impl ClusterState {
         let Some(vm) = self.vms.get_mut(&id) else {
             return;
         };
-        let Placement::Moving {
-            from,
-            to,
-            job,
-            cancel,
-            ..
-        } = vm.placement.clone()
-        else {
+        let Placement::Moving { from, to, job, cancel, .. } = vm.placement.clone() else {
             return;
         };
         let owner = if finished { to } else { from };
         vm.placement = Placement::On(owner);
-        let what = if finished {
-            "was migrated"
-        } else {
-            "stays where it was"
-        };
+        let what = if finished { "was migrated" } else { "stays where it was" };
         vm.remember(at_ms, what, cause.clone());
         let outcome = match (finished, cancel) {
             (true, _) => Outcome::Done,
             (false, true) => Outcome::Cancelled,
-            (false, false) => Outcome::Failed {
-                why: cause.to_string(),
-            },
+            (false, false) => Outcome::Failed { why: cause.to_string() },
         };
         self.end_job(at_ms, job, outcome);
     }
@@ -254,29 +198,16 @@ impl ClusterState {
         let (subject, node) = (format!("vm {}", vm.name), vm.node());
         let on = node.map_or_else(String::new, |node| format!(" on {}", self.node_name(node)));
         match (was, seen) {
-            (Seen::Paused, Seen::Running) => {
-                self.event(at_ms, Severity::Info, subject, format!("goes on{on}"))
-            }
+            (Seen::Paused, Seen::Running) => self.event(at_ms, Severity::Info, subject, format!("goes on{on}")),
             (_, Seen::Running) => self.event(at_ms, Severity::Info, subject, format!("runs{on}")),
-            (_, Seen::Paused) => {
-                self.event(at_ms, Severity::Info, subject, format!("is paused{on}"))
-            }
+            (_, Seen::Paused) => self.event(at_ms, Severity::Info, subject, format!("is paused{on}")),
             _ => {}
         }
     }
 
-    fn end_jobs_of(
-        &mut self,
-        at_ms: u64,
-        vm: VmId,
-        which: impl Fn(&Work) -> bool,
-        outcome: &Outcome,
-    ) {
-        let jobs: Vec<_> = self
-            .running_jobs()
-            .filter(|job| job.vm == vm && which(&job.work))
-            .map(|job| job.id)
-            .collect();
+    fn end_jobs_of(&mut self, at_ms: u64, vm: VmId, which: impl Fn(&Work) -> bool, outcome: &Outcome) {
+        let jobs: Vec<_> =
+            self.running_jobs().filter(|job| job.vm == vm && which(&job.work)).map(|job| job.id).collect();
         for job in jobs {
             self.end_job(at_ms, job, outcome.clone());
         }

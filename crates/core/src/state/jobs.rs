@@ -12,41 +12,20 @@ impl ClusterState {
         if outcome == Outcome::Done {
             job.progress.percent = 100;
         }
-        job.end = Some(JobEnd {
-            at_ms,
-            outcome: outcome.clone(),
-        });
+        job.end = Some(JobEnd { at_ms, outcome: outcome.clone() });
         let (subject, work) = (format!("vm {}", job.vm_name), job.work.verb());
         match outcome {
-            Outcome::Done => self.event(
-                at_ms,
-                Severity::Info,
-                subject,
-                format!("{work}: done (job {id})"),
-            ),
-            Outcome::Cancelled => self.event(
-                at_ms,
-                Severity::Info,
-                subject,
-                format!("{work}: cancelled (job {id})"),
-            ),
+            Outcome::Done => self.event(at_ms, Severity::Info, subject, format!("{work}: done (job {id})")),
+            Outcome::Cancelled => self.event(at_ms, Severity::Info, subject, format!("{work}: cancelled (job {id})")),
             Outcome::Failed { why } => {
-                self.event(
-                    at_ms,
-                    Severity::Warning,
-                    subject,
-                    format!("{work}: failed (job {id}): {why}"),
-                );
+                self.event(at_ms, Severity::Warning, subject, format!("{work}: failed (job {id}): {why}"));
             }
         }
     }
 
     /// Ends every job whose end the state shows.
     pub(super) fn settle_jobs(&mut self, at_ms: u64) {
-        let ended: Vec<_> = self
-            .running_jobs()
-            .filter_map(|job| Some((job.id, self.outcome(job)?)))
-            .collect();
+        let ended: Vec<_> = self.running_jobs().filter_map(|job| Some((job.id, self.outcome(job)?))).collect();
         for (id, outcome) in ended {
             self.end_job(at_ms, id, outcome);
         }
@@ -56,9 +35,7 @@ impl ClusterState {
         let Some(vm) = self.vms.get(&job.vm) else {
             return Some(match job.work {
                 Work::Delete => Outcome::Done,
-                _ => Outcome::Failed {
-                    why: "the VM is gone".into(),
-                },
+                _ => Outcome::Failed { why: "the VM is gone".into() },
             });
         };
         let ready = vm.disks == DiskStage::Ready;
@@ -89,14 +66,10 @@ impl Vm {
     /// How the wish to have it running has ended, if it has.
     fn started(&self) -> Option<Outcome> {
         match (&self.hold, &self.seen) {
-            (Some(Hold::Failed { why } | Hold::NoRoom { why }), _) => {
-                Some(Outcome::Failed { why: why.clone() })
-            }
+            (Some(Hold::Failed { why } | Hold::NoRoom { why }), _) => Some(Outcome::Failed { why: why.clone() }),
             (_, Seen::Running) if self.desired == Desired::Running => Some(Outcome::Done),
             (_, Seen::Paused) if self.desired == Desired::Paused => Some(Outcome::Done),
-            _ if !self.desired.wants_qemu() => Some(Outcome::Failed {
-                why: "it was switched off meanwhile".into(),
-            }),
+            _ if !self.desired.wants_qemu() => Some(Outcome::Failed { why: "it was switched off meanwhile".into() }),
             _ => None,
         }
     }

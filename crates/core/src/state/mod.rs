@@ -64,12 +64,7 @@ impl ClusterState {
     /// give the same result on every node. A proposal that was applied before
     /// changes nothing and gets the same reply.
     pub fn apply(&mut self, proposal: &Proposal) -> Reply {
-        if let Some((_, reply)) = self
-            .answered
-            .iter()
-            .rev()
-            .find(|(id, _)| *id == proposal.id)
-        {
+        if let Some((_, reply)) = self.answered.iter().rev().find(|(id, _)| *id == proposal.id) {
             return reply.clone();
         }
         let reply = match self.execute(proposal) {
@@ -92,9 +87,7 @@ impl ClusterState {
 
     /// A node's name for messages; its number when it is gone.
     pub fn node_name(&self, id: NodeId) -> String {
-        self.nodes
-            .get(&id)
-            .map_or_else(|| format!("node {id}"), |node| node.name.clone())
+        self.nodes.get(&id).map_or_else(|| format!("node {id}"), |node| node.name.clone())
     }
 
     /// The VM with this name.
@@ -105,9 +98,7 @@ impl ClusterState {
     /// Whether a right to run a VM is void: its node is gone, lost, or was
     /// admitted anew since.
     pub fn is_void(&self, tenure: &Tenure) -> bool {
-        self.nodes
-            .get(&tenure.node)
-            .is_none_or(|node| !node.is_up() || node.term != tenure.term)
+        self.nodes.get(&tenure.node).is_none_or(|node| !node.is_up() || node.term != tenure.term)
     }
 
     /// The jobs that go on.
@@ -115,13 +106,7 @@ impl ClusterState {
         self.jobs.values().filter(|job| job.end.is_none())
     }
 
-    fn event(
-        &mut self,
-        at_ms: u64,
-        severity: Severity,
-        subject: impl Into<String>,
-        text: impl Into<String>,
-    ) {
+    fn event(&mut self, at_ms: u64, severity: Severity, subject: impl Into<String>, text: impl Into<String>) {
         self.last_event += 1;
         self.events.push_back(Event {
             index: self.last_event,
@@ -139,11 +124,7 @@ impl ClusterState {
 impl Vm {
     /// Remembers why something was decided, for `holdfast explain`.
     fn remember(&mut self, at_ms: u64, what: impl Into<String>, cause: Cause) {
-        self.causes.push(Because {
-            at_ms,
-            what: what.into(),
-            cause,
-        });
+        self.causes.push(Because { at_ms, what: what.into(), cause });
         if self.causes.len() > CAUSES_KEPT {
             self.causes.remove(0);
         }
