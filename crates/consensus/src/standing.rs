@@ -1,0 +1,272 @@
+//! Where this node stands: its role, who coordinates, how sure that is. And the
+//! campaign that makes it coordinator when nobody else is.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use holdfast_core::NodeId;
+use holdfast_core::lease::BootTime;
+use openraft::ServerState;
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::authority::boot_time;
+use crate::network::Wire;
+use crate::types::{Engine, Metrics};
+
+/// What this node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It decides. An entry of its own term is committed and applied, so the
+    /// applied state holds everything that earlier coordinators committed.
+    Coordinator {
+        /// When this was first known; no earlier coordinator had authority then.
+        since: BootTime,
+    },
+    /// It votes.
+    Voter,
+    /// It only receives the log.
+    Learner,
+}
+
+/// Where this node stands, as far as it knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Who coordinates, as far as this node knows. May be out of date: a node that
+    /// is cut off goes on naming the last one.
+    pub coordinator: Option<NodeId>,
+    /// The term. Each has at most one coordinator; later ones have greater terms.
+    pub term: u64,
+    /// What this node is.
+    pub me: Role,
+    /// On the coordinator: the latest moment such that a majority acknowledged
+    /// what it sent then, for [`holdfast_core::lease::Authority::from_quorum`] with
+    /// [`crate::Consensus::authority_window_ms`]. A coordinator that is cut off
+    /// keeps its role, and this stands still.
+    pub quorum_acked: Option<BootTime>,
+    /// The last index of the log that is applied to the state.
+    pub last_applied: u64,
+    /// Who votes; while voters change, those of both sets.
+    pub voters: Vec<NodeId>,
+    /// Who only receives the log.
+    pub learners: Vec<NodeId>,
+    /// What keeps this node from taking part, in words for an operator: a full
+    /// or broken disk, or that consensus has stopped.
+    pub trouble: Option<String>,
+}
+
+impl Standing {
+    /// Whether this node is the coordinator.
+    pub fn is_coordinator(&self) -> bool {
+        matches!(self.me, Role::Coordinator { .. })
+    }
+}
+
+/// What the tasks of one node share.
+pub(crate) struct Node {
+    pub(crate) engine: Engine,
+    pub(crate) wire: Arc<Wire>,
+    pub(crate) standing: watch::Sender<Standing>,
+    pub(crate) trouble: watch::Receiver<Option<String>>,
+    pub(crate) heartbeat: Duration,
+    /// How long a voter keeps still after it accepted a coordinator's message.
+    pub(crate) hold: Duration,
+    /// When a coordinator was last heard, or when this node started.
+    heard: Mutex<Instant>,
+    /// When this node started, if an earlier life of it may have voted or accepted
+    /// a coordinator.
+    held_since: Option<Instant>,
+}
+
+impl Node {
+    pub(crate) fn new(
+        engine: Engine,
+        wire: Arc<Wire>,
+        trouble: watch::Receiver<Option<String>>,
+        heartbeat: Duration,
+        hold: Duration,
+        held: bool,
+    ) -> Self {
+        let now = Instant::now();
+        let standing = Standing {
+            coordinator: None,
+            term: 0,
+            me: Role::Learner,
+            quorum_acked: None,
+            last_applied: 0,
+            voters: Vec::new(),
+            learners: Vec::new(),
+            trouble: None,
+        };
+        Node {
+            engine,
+            wire,
+            standing: watch::Sender::new(standing),
+            trouble,
+            heartbeat,
+            hold,
+            heard: Mutex::new(now),
+            held_since: held.then_some(now),
+        }
+    }
+
+    pub(crate) fn metrics(&self) -> Metrics {
+        self.engine.metrics().borrow_watched().clone()
+    }
+
+    /// A coordinator's message was accepted.
+    pub(crate) fn heard(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn last_heard(&self) -> Instant {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a coordinator may still rely on an earlier life of this node.
+    fn held(&self) -> bool {
+        self.held_since.is_some_and(|since| since.elapsed() <= self.hold)
+    }
+
+    /// Whether this node must not help to elect another coordinator now, for
+    /// reasons that the engine does not know.
+    pub(crate) fn withholds_vote(&self) -> bool {
+        if self.held() {
+            return true;
+        }
+        let metrics = self.metrics();
+        if metrics.state != ServerState::Leader {
+            return false;
+        }
+        let now = boot_time();
+        let hold_ms = self.hold.as_millis() as u64;
+        self.quorum(&metrics, now).is_some_and(|acked| now <= acked.plus_ms(hold_ms))
+    }
+
+    fn quorum(&self, metrics: &Metrics, now: BootTime) -> Option<BootTime> {
+        let membership = metrics.membership_config.membership();
+        self.wire.stamps.quorum(metrics.current_term, self.wire.me, membership.get_joint_config(), now)
+    }
+
+    fn now(&self, before: &Standing) -> Standing {
+        let metrics = self.metrics();
+        let membership = metrics.membership_config.membership();
+        let me = self.wire.me;
+        let term = metrics.current_term;
+        let leads = metrics.state == ServerState::Leader
+            && metrics.running_state.is_ok()
+            && !self.wire.stamps.handed_over(term)
+            && metrics.vote.committed
+            && metrics.vote.leader_id.term == term
+            && metrics.vote.leader_id.voted_for == me
+            // The first entry of the own term, or a later one.
+            && metrics.last_applied.is_some_and(|last| last.leader_id.term == term);
+        let role = match (leads, before.me) {
+            (true, Role::Coordinator { since }) if before.term == term => Role::Coordinator { since },
+            (true, _) => Role::Coordinator { since: boot_time() },
+            (false, _) if membership.voter_ids().any(|voter| voter == me) => Role::Voter,
+            (false, _) => Role::Learner,
+        };
+        let stopped = metrics.running_state.as_ref().err().map(ToString::to_string);
+        Standing {
+            coordinator: match metrics.current_leader {
+                Some(leader) if leader == me && !leads => None,
+                leader => leader.map(NodeId),
+            },
+            term,
+            me: role,
+            quorum_acked: leads.then(|| self.quorum(&metrics, boot_time())).flatten(),
+            last_applied: metrics.last_applied.map_or(0, |last| last.index),
+            voters: sorted(membership.voter_ids()),
+            learners: sorted(membership.learner_ids()),
+            trouble: self.trouble.borrow().clone().or(stopped),
+        }
+    }
+
+    /// Publishes the standing as it is now.
+    pub(crate) fn refresh(&self) {
+        self.standing.send_if_modified(|standing| {
+            let now = self.now(standing);
+            let changed = now != *standing;
+            *standing = now;
+            changed
+        });
+    }
+
+    /// Keeps the standing up to date until the engine has stopped.
+    pub(crate) async fn follow(self: Arc<Self>) {
+        let mut metrics = self.engine.metrics();
+        let mut trouble = self.trouble.clone();
+        // A sole voter hears nobody, and its authority must go on.
+        let mut tick = tokio::time::interval(self.heartbeat);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let running = tokio::select! {
+                changed = WatchReceiver::changed(&mut metrics) => changed.is_ok(),
+                changed = trouble.changed() => changed.is_ok(),
+                () = self.wire.stamps.changed.notified() => true,
+                _ = tick.tick() => true,
+            };
+            let addresses =
+                self.metrics().membership_config.nodes().map(|(id, node)| (*id, node.addr.clone())).collect();
+            self.wire.set_addresses(addresses);
+            self.refresh();
+            if !running {
+                return;
+            }
+        }
+    }
+
+    /// Starts an election soon after the coordinator's silence has lasted for
+    /// `hold`, one voter after the other.
+    ///
+    /// The engine's own timer waits for twice as long: `hold` and then an election
+    /// timeout that is as long (src/engine/engine_config.rs: the lease *is*
+    /// `election_timeout_max`). It stays on as the second line.
+    /// Asking early harms nobody: a pre-vote changes nothing, and every voter that
+    /// still hears the coordinator refuses it.
+    pub(crate) async fn campaign(self: Arc<Self>) {
+        let step = (self.heartbeat / 4).clamp(Duration::from_millis(5), Duration::from_millis(20));
+        if let Some(since) = self.held_since {
+            tokio::time::sleep_until(since + self.hold).await;
+            while self.held() {
+                tokio::time::sleep(step).await;
+            }
+            self.engine.runtime_config().elect(true);
+        }
+        loop {
+            let metrics = self.metrics();
+            if metrics.running_state.is_err() {
+                return;
+            }
+            let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
+            let me = self.wire.me;
+            if metrics.state == ServerState::Leader || voters.len() < 2 || !voters.contains(&me) {
+                tokio::time::sleep(self.heartbeat).await;
+                continue;
+            }
+            let rank = voters
+                .iter()
+                .filter(|voter| Some(**voter) != metrics.current_leader)
+                .position(|voter| *voter == me)
+                .unwrap_or(0) as u32;
+            let due = self.last_heard() + self.hold + step * rank;
+            if Instant::now() <= due {
+                tokio::time::sleep_until(due + Duration::from_millis(1)).await;
+                continue;
+            }
+            if self.engine.trigger().elect(true).await.is_err() {
+                return;
+            }
+            // Enough for the others' answers and, if it is won, for the first
+            // heartbeat; the ranks stay apart in the next round too.
+            tokio::time::sleep(self.heartbeat + step * (voters.len() as u32 + rank)).await;
+        }
+    }
+}
+
+fn sorted(nodes: impl Iterator<Item = u64>) -> Vec<NodeId> {
+    nodes.collect::<BTreeSet<_>>().into_iter().map(NodeId).collect()
+}

@@ -1,0 +1,35 @@
+//! The engine's own tests of log and state machine, run on ours.
+
+use openraft::StorageError;
+use openraft::testing::log::{StoreBuilder, Suite};
+use std::sync::Arc;
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+use crate::log::Log;
+use crate::machine::Machine;
+use crate::types::Types;
+use crate::wal::{self, Wal};
+use holdfast_core::NodeId;
+
+struct Builder;
+
+impl StoreBuilder<Types, Log, Machine, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, Log, Machine), StorageError<Types>> {
+        let directory = TempDir::new().expect("a temporary directory");
+        let path = directory.path();
+        let (file, mut recovered) = wal::recover(path, NodeId(0), true).expect("a new log");
+        let trouble = watch::Sender::new(None);
+        // So small that the suite also compacts.
+        let compact_above_bytes = 512;
+        let wal = Wal::start(path.to_owned(), 0, file, &mut recovered, compact_above_bytes, trouble.clone());
+        let log = Log::new(recovered, Arc::new(wal.expect("a thread")));
+        let machine = Machine::open(path, None, trouble).expect("no snapshot");
+        Ok((directory, log, machine))
+    }
+}
+
+#[tokio::test]
+async fn log_and_state_machine_do_what_the_engine_expects() {
+    Suite::test_all(Builder).await.expect("the engine's suite passes");
+}
