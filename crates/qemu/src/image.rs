@@ -1,0 +1,363 @@
+//! Disk images, made and changed by `qemu-img`.
+//!
+//! A new image is made under a temporary name beside its own, flushed, and only
+//! then renamed: it is either wholly there or not at all, and never replaces
+//! another file. Dropping one of these futures ends `qemu-img` and deletes what
+//! it has made so far.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use holdfast_core::DiskFormat;
+use serde::Deserialize;
+use serde_json::Value;
+use tempfile::NamedTempFile;
+use tokio::io::AsyncReadExt;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::QemuError;
+use crate::program::{not_started, output};
+
+/// The Debian package that brings `qemu-img`.
+const PACKAGE: &str = "qemu-utils";
+
+/// Formats that a foreign image may have. Others (`nbd`, `blkdebug`, `luks` …)
+/// are refused, for they reach further than the file.
+const FORMATS: [&str; 6] = ["raw", "qcow2", "vhdx", "vpc", "vmdk", "vdi"];
+
+/// `qemu-img`, which makes, copies and measures images.
+#[derive(Clone, Debug)]
+pub struct QemuImg {
+    program: PathBuf,
+}
+
+/// What an image file says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// QEMU's name of its format: `raw`, `qcow2`, `vhdx` …
+    pub format: String,
+    /// What a guest sees, in bytes.
+    pub virtual_bytes: u64,
+    /// What it takes on its file system now, in bytes.
+    pub actual_bytes: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Described {
+    format: String,
+    virtual_size: u64,
+    #[serde(default)]
+    actual_size: u64,
+    backing_filename: Option<String>,
+    #[serde(default)]
+    format_specific: Value,
+}
+
+impl QemuImg {
+    /// The `qemu-img` at `program`, or of that name on the search path.
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        QemuImg { program: program.into() }
+    }
+
+    /// Makes an empty disk of `size_bytes`.
+    ///
+    /// # Errors
+    /// [`QemuError::Exists`] when `path` does, [`QemuError::TooSlow`] after
+    /// `deadline`, [`QemuError::Image`] when qemu-img says no.
+    pub async fn create(
+        &self,
+        path: &Path,
+        format: DiskFormat,
+        size_bytes: u64,
+        deadline: Duration,
+    ) -> Result<(), QemuError> {
+        let doing = format!("create {}", path.display());
+        let partial = Partial::beside(path)?;
+        let size = size_bytes.to_string();
+        let arguments: [&OsStr; 6] = [
+            "create".as_ref(),
+            "-q".as_ref(),
+            "-f".as_ref(),
+            format.as_str().as_ref(),
+            partial.path().as_ref(),
+            size.as_ref(),
+        ];
+        self.run(&arguments, path, &doing, deadline).await?;
+        partial.keep().await
+    }
+
+    /// Copies the image `source`, of whatever format, to a new disk at `path`,
+    /// and makes it `size_bytes` large if it is smaller. `on` is told the
+    /// progress, 0 to 1.
+    ///
+    /// # Errors
+    /// As for [`QemuImg::create`] and [`QemuImg::inspect`].
+    pub async fn convert(
+        &self,
+        source: &Path,
+        path: &Path,
+        format: DiskFormat,
+        size_bytes: Option<u64>,
+        deadline: Duration,
+        on: impl FnMut(f64) + Send,
+    ) -> Result<(), QemuError> {
+        let image = self.inspect(source, deadline).await?;
+        let partial = Partial::beside(path)?;
+        timeout(deadline, self.copy(source, &image.format, partial.path(), format, on)).await.map_err(|_| {
+            QemuError::TooSlow { doing: format!("copying {} to {}", source.display(), path.display()), after: deadline }
+        })??;
+        if let Some(size_bytes) = size_bytes.filter(|size| *size > image.virtual_bytes) {
+            self.resize(partial.path(), format, size_bytes, deadline).await?;
+        }
+        partial.keep().await
+    }
+
+    async fn copy(
+        &self,
+        source: &Path,
+        source_format: &str,
+        partial: &Path,
+        format: DiskFormat,
+        mut on: impl FnMut(f64) + Send,
+    ) -> Result<(), QemuError> {
+        let doing = format!("copy {}", source.display());
+        let mut child = Command::new(&self.program)
+            .env("LC_ALL", "C.UTF-8")
+            .args(["convert", "-p", "-f", source_format, "-O", format.as_str()])
+            .args([source, partial])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| not_started(&self.program, PACKAGE, error))?;
+        let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
+        let progress = async {
+            let Some(stdout) = &mut stdout else { return };
+            // One report is some 20 bytes, "    (12.34/100%)\r".
+            let mut line = Vec::with_capacity(64);
+            let mut chunk = [0; 1024];
+            while let Ok(read @ 1..) = stdout.read(&mut chunk).await {
+                for byte in &chunk[..read] {
+                    if matches!(byte, b'\r' | b'\n') {
+                        if let Some(fraction) = parse_progress(&line) {
+                            on(fraction);
+                        }
+                        line.clear();
+                    } else if line.len() < 64 {
+                        line.push(*byte);
+                    }
+                }
+            }
+        };
+        let complaints = async {
+            let mut text = Vec::new();
+            if let Some(stderr) = &mut stderr {
+                // A little is kept, all is read, so that it never blocks.
+                let mut chunk = [0; 1024];
+                while let Ok(read @ 1..) = stderr.read(&mut chunk).await {
+                    let room = 4096_usize.saturating_sub(text.len()).min(read);
+                    text.extend_from_slice(&chunk[..room]);
+                }
+            }
+            text
+        };
+        let ((), complaints) = tokio::join!(progress, complaints);
+        let status = child.wait().await.map_err(QemuError::io("cannot wait for qemu-img"))?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(refusal(source, &doing, &complaints))
+    }
+
+    /// What the image at `path` is, without disturbing a VM that uses it.
+    ///
+    /// # Errors
+    /// [`QemuError::NotSelfContained`] when it refers to another file: its author
+    /// could have named any file of this host. [`QemuError::Io`] when it is not
+    /// there, [`QemuError::Image`] when it is none.
+    pub async fn inspect(&self, path: &Path, deadline: Duration) -> Result<Image, QemuError> {
+        let doing = format!("read {}", path.display());
+        absolute(path)?;
+        let metadata = std::fs::metadata(path).map_err(QemuError::io(doing.clone()))?;
+        if !metadata.is_file() && !metadata.file_type().is_block_device() {
+            return Err(QemuError::Image { doing, why: "it is neither a file nor a disk".into() });
+        }
+        let arguments: [&OsStr; 4] = ["info".as_ref(), "-U".as_ref(), "--output=json".as_ref(), path.as_ref()];
+        let said = self.run(&arguments, path, &doing, deadline).await?;
+        let image: Described = serde_json::from_slice(&said).map_err(|error| QemuError::Image {
+            doing: doing.clone(),
+            why: format!("its answer is unreadable ({error})"),
+        })?;
+        if let Some(refers_to) = image.refers_to(path) {
+            return Err(QemuError::NotSelfContained { path: path.to_owned(), refers_to });
+        }
+        if !FORMATS.contains(&image.format.as_str()) {
+            return Err(QemuError::Image {
+                doing,
+                why: format!("its format is {}: supported are {}", image.format, FORMATS.join(", ")),
+            });
+        }
+        Ok(Image { format: image.format, virtual_bytes: image.virtual_size, actual_bytes: image.actual_size })
+    }
+
+    /// Makes a disk larger. Never smaller: that would cut data off.
+    ///
+    /// # Errors
+    /// [`QemuError::Locked`] while a VM uses it (see [`crate::Qmp::block_resize`]),
+    /// [`QemuError::Image`] when it is larger already.
+    pub async fn resize(
+        &self,
+        path: &Path,
+        format: DiskFormat,
+        size_bytes: u64,
+        deadline: Duration,
+    ) -> Result<(), QemuError> {
+        let doing = format!("resize {}", path.display());
+        absolute(path)?;
+        let size = size_bytes.to_string();
+        let arguments: [&OsStr; 6] =
+            ["resize".as_ref(), "-q".as_ref(), "-f".as_ref(), format.as_str().as_ref(), path.as_ref(), size.as_ref()];
+        self.run(&arguments, path, &doing, deadline).await.map(drop)
+    }
+
+    async fn run(
+        &self,
+        arguments: &[&OsStr],
+        path: &Path,
+        doing: &str,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, QemuError> {
+        let output = output(&self.program, PACKAGE, arguments, doing, deadline).await?;
+        if output.status.success() {
+            return Ok(output.stdout);
+        }
+        Err(refusal(path, doing, &output.stderr))
+    }
+}
+
+impl Described {
+    /// Another file that this image would make QEMU open.
+    fn refers_to(&self, path: &Path) -> Option<String> {
+        if let Some(backing) = &self.backing_filename {
+            return Some(backing.clone());
+        }
+        let specific = &self.format_specific["data"];
+        if let Some(file) = specific["data-file"].as_str() {
+            return Some(file.to_owned());
+        }
+        let extents = specific["extents"].as_array()?;
+        extents
+            .iter()
+            .filter_map(|extent| extent["filename"].as_str())
+            .find(|file| Path::new(file) != path)
+            .map(str::to_owned)
+    }
+}
+
+/// A file that is being made; deleted unless it is kept.
+struct Partial {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Partial {
+    /// Begins a file beside `path`, and removes what an interrupted attempt left.
+    fn beside(path: &Path) -> Result<Partial, QemuError> {
+        absolute(path)?;
+        let doing = || format!("cannot make {}", path.display());
+        let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(QemuError::io(doing())(std::io::ErrorKind::InvalidInput.into()));
+        };
+        if path.symlink_metadata().is_ok() {
+            return Err(QemuError::Exists { path: path.to_owned() });
+        }
+        let mut prefix = std::ffi::OsString::from(".");
+        prefix.push(name);
+        prefix.push(".partial-");
+        // Whoever may still be making one finds it gone when it wants to rename
+        // it, and fails.
+        for entry in std::fs::read_dir(directory).map_err(QemuError::io(doing()))?.flatten() {
+            let left = entry.file_name();
+            if left.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+        let file = tempfile::Builder::new().prefix(&prefix).tempfile_in(directory).map_err(QemuError::io(doing()))?;
+        Ok(Partial { file, path: path.to_owned() })
+    }
+
+    fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Flushes it and gives it its name.
+    async fn keep(self) -> Result<(), QemuError> {
+        let doing = format!("cannot make {}", self.path.display());
+        // qemu-img may have replaced the file that the temporary one was.
+        let temporary = self.file.path().to_owned();
+        blocking(&doing, move || File::open(temporary)?.sync_all()).await?;
+        let path = self.path;
+        self.file.persist_noclobber(&path).map_err(|error| {
+            if error.error.kind() == std::io::ErrorKind::AlreadyExists {
+                return QemuError::Exists { path: path.clone() };
+            }
+            QemuError::io(doing.clone())(error.error)
+        })?;
+        let directory = path.parent().map(Path::to_owned).unwrap_or_default();
+        blocking(&doing, move || File::open(directory)?.sync_all()).await
+    }
+}
+
+/// Runs something that may wait for the disk.
+async fn blocking(doing: &str, work: impl FnOnce() -> std::io::Result<()> + Send + 'static) -> Result<(), QemuError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        .map_err(QemuError::io(doing))
+}
+
+/// A path that starts with `/` cannot be taken for one of QEMU's protocols
+/// (`nbd:…`, `json:…`) or for an option.
+fn absolute(path: &Path) -> Result<(), QemuError> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(QemuError::Image { doing: format!("use {}", path.display()), why: "the path must be absolute".into() })
+}
+
+fn refusal(path: &Path, doing: &str, stderr: &[u8]) -> QemuError {
+    let text = String::from_utf8_lossy(stderr);
+    // Only the wording of the error depends on this.
+    if text.contains("Failed to get") && text.contains("lock") {
+        return QemuError::Locked { path: path.to_owned() };
+    }
+    let line = text.lines().find(|line| !line.trim().is_empty());
+    let line = line.unwrap_or("it said nothing");
+    QemuError::Image { doing: doing.to_owned(), why: line.strip_prefix("qemu-img: ").unwrap_or(line).to_owned() }
+}
+
+fn parse_progress(line: &[u8]) -> Option<f64> {
+    let text = std::str::from_utf8(line).ok()?.trim();
+    let percent = text.strip_prefix('(')?.strip_suffix("/100%)")?;
+    let percent: f64 = percent.trim().parse().ok()?;
+    Some((percent / 100.0).clamp(0.0, 1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_as_qemu_img_prints_it() {
+        assert_eq!(parse_progress(b"    (12.50/100%)"), Some(0.125));
+        assert_eq!(parse_progress(b"    (100.00/100%)"), Some(1.0));
+        assert_eq!(parse_progress(b"nothing"), None);
+    }
+}

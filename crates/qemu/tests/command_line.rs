@@ -1,0 +1,113 @@
+//! The command lines, as reviewed: a change here is a change for every guest,
+//! and one that a guest can see breaks migrations between versions.
+
+mod common;
+
+use std::path::Path;
+
+use common::{disk, launch, nic, spec};
+use holdfast_core::{Accelerator, DirectBoot, DiskFormat};
+use holdfast_qemu::{Kernel, Launch, QemuError};
+
+/// One option and its value a line.
+fn lines(launch: &Launch<'_>) -> String {
+    let mut text = String::new();
+    for word in launch.argv().expect("a command line") {
+        let word = word.into_string().expect("text");
+        let option = word.starts_with('-') && !word.contains(' ');
+        text.push(if option { '\n' } else { ' ' });
+        text.push_str(&word);
+    }
+    text.trim().to_owned()
+}
+
+#[test]
+fn from_its_disks() {
+    let mut spec = spec();
+    spec.cpus = 2;
+    spec.disks = vec![disk(DiskFormat::Qcow2), disk(DiskFormat::Raw)];
+    spec.nics = vec![nic(1), nic(2)];
+    let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new("/run/vm,1"));
+    launch.accelerator = Accelerator::Kvm;
+    launch.vhost_net = true;
+    launch.disks = vec!["/vol/a \"b\",c.qcow2".into(), "/vol/data.raw".into()];
+    launch.taps = vec!["hf1".into(), "hf2".into()];
+    insta::assert_snapshot!(lines(&launch));
+}
+
+#[test]
+fn a_kernel_directly() {
+    let mut spec = spec();
+    spec.direct_boot = Some(DirectBoot {
+        volume: "v".into(),
+        kernel: "k".into(),
+        initrd: Some("i".into()),
+        append: "console=ttyS0, quiet".into(),
+    });
+    let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new("/run/vm1"));
+    launch.kernel = Some(Kernel { kernel: "/vol/vmlinuz".into(), initrd: Some("/vol/initrd,1".into()) });
+    insta::assert_snapshot!(lines(&launch));
+}
+
+#[test]
+fn a_target_is_the_same_machine_that_waits() {
+    let spec = spec();
+    let source = launch(Path::new("/usr/bin/qemu"), &spec, Path::new("/run/vm1"));
+    let mut target = source.clone();
+    target.incoming = true;
+    let (source, target) = (lines(&source), lines(&target));
+    let more: Vec<_> = target.lines().filter(|line| !source.lines().any(|other| other == *line)).collect();
+    assert_eq!(more, ["-incoming defer", "-S"]);
+    assert_eq!(source.lines().count() + 2, target.lines().count());
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_a_reason() {
+    let refused = |change: &dyn Fn(&mut holdfast_core::VmSpec, &mut Vec<std::path::PathBuf>), run_dir: &str| {
+        let (mut spec, mut disks) = (spec(), Vec::new());
+        change(&mut spec, &mut disks);
+        let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new(run_dir));
+        launch.disks = disks;
+        match launch.argv() {
+            Err(QemuError::Unfit { why }) => why,
+            other => panic!("not refused: {other:?}"),
+        }
+    };
+    assert!(refused(&|spec, _| spec.machine = "q35".into(), "/r").contains("versioned pc-q35"));
+    assert!(refused(&|spec, _| spec.machine = "pc-q35-7.2,x=on".into(), "/r").contains("no machine"));
+    assert!(refused(&|spec, _| spec.memory_bytes = (64 << 20) + 1, "/r").contains("1 MiB"));
+    assert!(refused(&|spec, _| spec.cpus = 0, "/r").contains("no processor"));
+    assert!(refused(&|spec, _| spec.disks = vec![disk(DiskFormat::Raw)], "/r").contains("1 disks, and 0 were given"));
+    let many = |spec: &mut holdfast_core::VmSpec, disks: &mut Vec<std::path::PathBuf>| {
+        spec.disks = vec![disk(DiskFormat::Raw); 21];
+        *disks = vec!["/d".into(); 21];
+    };
+    assert!(refused(&many, "/r").contains("at most 20"));
+    let relative = |spec: &mut holdfast_core::VmSpec, disks: &mut Vec<std::path::PathBuf>| {
+        spec.disks = vec![disk(DiskFormat::Raw)];
+        *disks = vec!["json:{}".into()];
+    };
+    assert!(refused(&relative, "/r").contains("not absolute"));
+    let deep = format!("/{}", "x".repeat(110));
+    assert!(refused(&|_, _| {}, &deep).contains("shorter run directory"));
+}
+
+/// See `ram_bytes`: it decides whether a migration under TCG is a correct one.
+#[test]
+fn ram_is_whole_except_in_software_on_old_machines() {
+    for (machine, accelerator, kib) in [
+        ("pc-q35-7.2", Accelerator::Tcg, 65_528),
+        ("pc-q35-8.2", Accelerator::Tcg, 65_528),
+        ("pc-q35-9.0", Accelerator::Tcg, 65_536),
+        ("pc-q35-10.0", Accelerator::Tcg, 65_536),
+        ("pc-q35-7.2", Accelerator::Kvm, 65_536),
+    ] {
+        let mut spec = spec();
+        spec.machine = machine.into();
+        let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new("/run/vm1"));
+        launch.accelerator = accelerator;
+        let lines = lines(&launch);
+        assert!(lines.contains(&format!("-m size={kib}K")), "{lines}");
+        assert!(lines.contains(&format!("\"size\":{}", kib << 10)), "{lines}");
+    }
+}
