@@ -42,7 +42,7 @@ impl Settings {
             me,
             directory: directory.into(),
             election_ms: (320, 360),
-            heartbeat_ms: 60,
+            heartbeat_ms: 100,
             snapshot_every: 2000,
             propose_deadline_ms: 2000,
         }
@@ -50,7 +50,7 @@ impl Settings {
 
     /// The profile for quiet dedicated networks: about 0.25 s.
     pub fn fast(me: NodeId, directory: impl Into<PathBuf>) -> Self {
-        Settings { election_ms: (200, 225), heartbeat_ms: 40, ..Self::new(me, directory) }
+        Settings { election_ms: (200, 225), heartbeat_ms: 50, ..Self::new(me, directory) }
     }
 
     /// The profile between sites: about 2.5 s.

@@ -14,7 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::authority::boot_time;
 use crate::network::Wire;
-use crate::types::{Engine, Metrics};
+use crate::types::{Engine, Metrics, ServerMetrics};
 
 /// What this node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,49 +136,51 @@ impl Node {
         if self.held() {
             return true;
         }
-        let metrics = self.metrics();
-        if metrics.state != ServerState::Leader {
+        let server = self.engine.server_metrics().borrow_watched().clone();
+        if server.state != ServerState::Leader {
             return false;
         }
         let now = boot_time();
         let hold_ms = self.hold.as_millis() as u64;
-        self.quorum(&metrics, now).is_some_and(|acked| now <= acked.plus_ms(hold_ms))
+        self.quorum(&server, now).is_some_and(|acked| now <= acked.plus_ms(hold_ms))
     }
 
-    fn quorum(&self, metrics: &Metrics, now: BootTime) -> Option<BootTime> {
-        let membership = metrics.membership_config.membership();
-        self.wire.stamps.quorum(metrics.current_term, self.wire.me, membership.get_joint_config(), now)
+    fn quorum(&self, server: &ServerMetrics, now: BootTime) -> Option<BootTime> {
+        let voters = server.membership_config.get_joint_config();
+        let term = server.vote.leader_id.term;
+        self.wire.stamps.quorum(term, self.wire.me, voters, now)
     }
 
     fn now(&self, before: &Standing) -> Standing {
-        let metrics = self.metrics();
-        let membership = metrics.membership_config.membership();
+        let server = self.engine.server_metrics().borrow_watched().clone();
+        let last_applied = self.engine.data_metrics().borrow_watched().last_applied;
+        let running = self.engine.metrics().borrow_watched().running_state.clone();
+        let membership = server.membership_config.membership();
         let me = self.wire.me;
-        let term = metrics.current_term;
-        let leads = metrics.state == ServerState::Leader
-            && metrics.running_state.is_ok()
+        let term = server.vote.leader_id.term;
+        let leads = server.state == ServerState::Leader
+            && running.is_ok()
             && !self.wire.stamps.handed_over(term)
-            && metrics.vote.committed
-            && metrics.vote.leader_id.term == term
-            && metrics.vote.leader_id.voted_for == me
+            && server.vote.committed
+            && server.vote.leader_id.voted_for == me
             // The first entry of the own term, or a later one.
-            && metrics.last_applied.is_some_and(|last| last.leader_id.term == term);
+            && last_applied.is_some_and(|last| last.leader_id.term == term);
         let role = match (leads, before.me) {
             (true, Role::Coordinator { since }) if before.term == term => Role::Coordinator { since },
             (true, _) => Role::Coordinator { since: boot_time() },
             (false, _) if membership.voter_ids().any(|voter| voter == me) => Role::Voter,
             (false, _) => Role::Learner,
         };
-        let stopped = metrics.running_state.as_ref().err().map(ToString::to_string);
+        let stopped = running.err().map(|e| e.to_string());
         Standing {
-            coordinator: match metrics.current_leader {
+            coordinator: match server.current_leader {
                 Some(leader) if leader == me && !leads => None,
                 leader => leader.map(NodeId),
             },
             term,
             me: role,
-            quorum_acked: leads.then(|| self.quorum(&metrics, boot_time())).flatten(),
-            last_applied: metrics.last_applied.map_or(0, |last| last.index),
+            quorum_acked: leads.then(|| self.quorum(&server, boot_time())).flatten(),
+            last_applied: last_applied.map_or(0, |last| last.index),
             voters: sorted(membership.voter_ids()),
             learners: sorted(membership.learner_ids()),
             trouble: self.trouble.borrow().clone().or(stopped),
@@ -197,23 +199,33 @@ impl Node {
 
     /// Keeps the standing up to date until the engine has stopped.
     pub(crate) async fn follow(self: Arc<Self>) {
-        let mut metrics = self.engine.metrics();
+        // Not `metrics()`, which is sent anew at each of the engine's ticks: an
+        // idle node should sleep.
+        let mut server = self.engine.server_metrics();
+        let mut data = self.engine.data_metrics();
         let mut trouble = self.trouble.clone();
-        // A sole voter hears nobody, and its authority must go on.
         let mut tick = tokio::time::interval(self.heartbeat);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut members_at = None;
         loop {
+            let members = server.borrow_watched().membership_config.clone();
+            if members_at != Some(*members.log_id()) {
+                members_at = Some(*members.log_id());
+                let addresses = members.nodes().map(|(id, node)| (*id, node.addr.clone()));
+                self.wire.set_addresses(addresses.collect());
+            }
+            self.refresh();
+            // It hears nobody, and its authority must go on.
+            let sole = members.voter_ids().count() == 1;
             let running = tokio::select! {
-                changed = WatchReceiver::changed(&mut metrics) => changed.is_ok(),
+                changed = WatchReceiver::changed(&mut server) => changed.is_ok(),
+                changed = WatchReceiver::changed(&mut data) => changed.is_ok(),
                 changed = trouble.changed() => changed.is_ok(),
                 () = self.wire.stamps.changed.notified() => true,
-                _ = tick.tick() => true,
+                _ = tick.tick(), if sole => true,
             };
-            let addresses =
-                self.metrics().membership_config.nodes().map(|(id, node)| (*id, node.addr.clone())).collect();
-            self.wire.set_addresses(addresses);
-            self.refresh();
             if !running {
+                self.refresh();
                 return;
             }
         }

@@ -40,6 +40,7 @@ pub(crate) type Snapshot = openraft::alias::SnapshotOf<Types, Vec<u8>>;
 pub(crate) type Membership = openraft::Membership<u64, openraft::BasicNode>;
 pub(crate) type Engine = openraft::Raft<Types, crate::machine::Machine>;
 pub(crate) type Metrics = openraft::RaftMetrics<Types>;
+pub(crate) type ServerMetrics = openraft::metrics::RaftServerMetrics<Types>;
 
 /// A log id from its two numbers.
 pub(crate) fn log_id(term: u64, index: u64) -> LogId {
