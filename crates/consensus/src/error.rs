@@ -100,6 +100,12 @@ pub enum ConsensusError {
         /// Why not.
         why: &'static str,
     },
+    /// The coordination was handed over, but somebody else got it.
+    #[error("the coordination was handed over, but another node was elected{}", hint(coordinator))]
+    ElectedInstead {
+        /// Who coordinates now, if known.
+        coordinator: Option<NodeId>,
+    },
     /// The outcome is not known.
     #[error(
         "{action} did not finish in time and may still happen: look at the members and the coordinator before trying again"

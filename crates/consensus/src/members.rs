@@ -150,7 +150,7 @@ impl Consensus {
         node.refresh();
         match node.metrics().current_leader {
             Some(leader) if leader == to.0 => Ok(()),
-            _ => Err(cannot("another node was elected instead")),
+            leader => Err(ConsensusError::ElectedInstead { coordinator: leader.map(NodeId) }),
         }
     }
 
