@@ -17,7 +17,7 @@ pub struct Observed {
 }
 
 /// What the coordinator sees of one node.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NodeObserved {
     /// Its lease in the current term has certainly ended.
     pub lease_ended: bool,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::*;
 
+pub use commands::valid_name;
 pub use command::{Command, NewNode, Proposal, Refusal, Reply};
 
 /// How many events are kept.

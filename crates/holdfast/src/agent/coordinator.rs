@@ -1,0 +1,227 @@
+//! What the coordinator does beside answering: it grants leases, watches them,
+//! plans, and has its plans agreed on.
+
+use std::time::Duration;
+
+use holdfast_consensus::{ProposeError, Role};
+use holdfast_core::check::check;
+use holdfast_core::lease::{Authority, BootTime};
+use holdfast_core::plan::plan;
+use holdfast_core::*;
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+use super::{Agent, Member, now_ms};
+use crate::leases::Admission;
+use crate::realtime::boot_time;
+
+/// Planned at every change, and this often for what only time changes.
+const EVERY: Duration = Duration::from_millis(500);
+/// A keeper that was not heard for so many heartbeats is not asking for a lease.
+const HEARD_WITHIN_HEARTBEATS: u64 = 5;
+/// How often a failed change of the members is tried again.
+const MEMBERS_AGAIN: Duration = Duration::from_secs(1);
+/// As many voters as one agreement should wait for, at most.
+const VOTERS: usize = 5;
+
+/// What the coordinator sees, from its lease thread and from reports.
+pub fn observe(member: &Member) -> Observed {
+    let state = member.consensus.state().borrow().clone();
+    let timing = state.settings.profile.timing();
+    let now = boot_time();
+    let mut reports = member.reports.heard();
+    let mut observed = Observed::default();
+    for slot in member.leases.snapshot() {
+        // A slot that has not caught up with the state speaks of another term.
+        let current =
+            state.nodes.get(&slot.node).is_some_and(|node| slot.lease.is_some_and(|lease| lease.term == node.term));
+        let seen = NodeObserved {
+            lease_ended: current && slot.lease.is_some_and(|lease| lease.condemned),
+            silent_ms: slot.lease.map_or(0, |lease| now.ms_since(lease.answered)),
+            heard: slot.heard_within(timing.heartbeat_ms * HEARD_WITHIN_HEARTBEATS, now).filter(|_| current),
+            report: reports.remove(&slot.node),
+        };
+        observed.nodes.insert(slot.node, seen);
+    }
+    for (node, report) in reports {
+        observed.nodes.entry(node).or_default().report = Some(report);
+    }
+    observed
+}
+
+fn admissions(state: &ClusterState) -> Vec<Admission> {
+    let admission =
+        |node: &Node| Admission { node: node.id, admitted: node.incarnation, term: node.term, up: node.is_up() };
+    state.nodes.values().map(admission).collect()
+}
+
+impl Agent {
+    /// Lends the lease thread the authority that consensus gives, as it gives it.
+    pub(super) async fn keep_authority(self, member: &'static Member) {
+        let mut standing = member.consensus.standing();
+        let window_ms = member.consensus.authority_window_ms();
+        loop {
+            let authority = {
+                let now = standing.borrow_and_update();
+                match (now.me, now.quorum_acked) {
+                    (Role::Coordinator { .. }, Some(acknowledged)) => Authority::from_quorum(acknowledged, window_ms),
+                    _ => Authority::NONE,
+                }
+            };
+            member.leases.set_authority(authority);
+            if standing.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Coordinates whenever this node is the coordinator, for ever.
+    pub(super) async fn keep_coordinating(self, member: &'static Member) {
+        let mut standing = member.consensus.standing();
+        loop {
+            let role = standing.borrow_and_update().me;
+            if let Role::Coordinator { since } = role {
+                let term = standing.borrow().term;
+                tracing::info!(term, "this node is the coordinator");
+                member.reports.forget();
+                self.coordinate(member, since, term).await;
+                tracing::info!(term, "this node is no longer the coordinator");
+                if let Err(error) = member.leases.step_down() {
+                    tracing::error!(%error, "the lease thread did not step down; it has no authority");
+                }
+            } else if standing.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn coordinate(&self, member: &'static Member, since: BootTime, term: u64) {
+        let mut standing = member.consensus.standing();
+        let mut state = member.consensus.state();
+        let mut leases = member.leases.changed();
+        let begun = {
+            let state = state.borrow_and_update();
+            let settings = &state.settings;
+            member.leases.become_coordinator(
+                since,
+                &admissions(&state),
+                settings.profile.timing(),
+                settings.longest_lease,
+            )
+        };
+        if let Err(error) = begun {
+            tracing::error!(%error, "cannot coordinate");
+            sleep(EVERY).await;
+            return;
+        }
+        let members = tokio::spawn(self.clone().keep_members(member));
+        let mut known = Vec::new();
+        // When the lease thread began to grant the current, perhaps shorter leases.
+        let mut timing_since = (state.borrow().settings.profile, boot_time());
+        loop {
+            let now = state.borrow_and_update().clone();
+            leases.borrow_and_update();
+            let admitted = admissions(&now);
+            if admitted != known || timing_since.0 != now.settings.profile {
+                if let Err(error) = member.leases.update(&admitted, now.settings.profile.timing()) {
+                    tracing::error!(%error, "the lease thread was not told of a change");
+                }
+                if timing_since.0 != now.settings.profile {
+                    timing_since = (now.settings.profile, boot_time());
+                }
+                known = admitted;
+            }
+            let mut observed = observe(member);
+            observed.longer_leases_over =
+                boot_time().ms_since(timing_since.1.max(since)) > 2 * now.settings.longest_lease.lost_after_ms();
+            if let Some(command) = decide(&now, &observed) {
+                drop(now);
+                self.agree(member, command).await;
+            } else {
+                drop(now);
+                let wake = async {
+                    tokio::select! {
+                        _ = state.changed() => {}
+                        _ = leases.changed() => {}
+                        () = member.reports.news() => {}
+                        _ = standing.changed() => {}
+                    }
+                };
+                let _ = timeout(EVERY, wake).await;
+            }
+            let still = {
+                let now = standing.borrow_and_update();
+                now.is_coordinator() && now.term == term
+            };
+            if !still {
+                break;
+            }
+        }
+        members.abort();
+    }
+
+    /// Has a plan agreed on. When the outcome is unknown the next plan waits until
+    /// everything before it is applied, or this node is not the coordinator.
+    async fn agree(&self, member: &Member, command: Command) {
+        let proposal = Proposal { id: RequestId(Uuid::new_v4()), at_ms: now_ms(), by: "coordinator".into(), command };
+        match member.consensus.propose(proposal).await {
+            Ok(Reply::Refused(refusal)) => tracing::debug!(%refusal, "planned on a state that has changed meanwhile"),
+            Ok(_) => {}
+            Err(ProposeError::Unknown) => {
+                if let Ok(index) = member.consensus.barrier().await {
+                    member.consensus.wait_applied(index, EVERY).await;
+                }
+            }
+            Err(error) => tracing::debug!(%error, "a plan was not proposed"),
+        }
+    }
+
+    /// Makes the members of consensus follow the nodes of the cluster.
+    async fn keep_members(self, member: &'static Member) {
+        let mut state = member.consensus.state();
+        let mut settled = None;
+        loop {
+            let wanted = voters_and_learners(&state.borrow_and_update());
+            if !wanted.0.is_empty() && settled.as_ref() != Some(&wanted) {
+                match member.consensus.set_members(wanted.0.clone(), wanted.1.clone()).await {
+                    Ok(()) => settled = Some(wanted),
+                    Err(error) => tracing::warn!(%error, "the members of consensus do not follow the nodes yet"),
+                }
+            }
+            let pause = if settled.is_some() { Duration::from_secs(3600) } else { MEMBERS_AGAIN };
+            let _ = timeout(pause, state.changed()).await;
+        }
+    }
+}
+
+type Addresses = std::collections::BTreeMap<NodeId, String>;
+
+/// The oldest nodes vote, the others only receive the log.
+fn voters_and_learners(state: &ClusterState) -> (Addresses, Addresses) {
+    let with_address = |node: &Node| {
+        let addresses: Vec<_> = super::peers::addresses(state, node).iter().map(ToString::to_string).collect();
+        (node.id, addresses.join(","))
+    };
+    let mut nodes = state.nodes.values().map(with_address);
+    let voters = nodes.by_ref().take(VOTERS).collect();
+    (voters, nodes.collect())
+}
+
+/// The next decisions, if any, after an independent judge has passed them.
+fn decide(state: &ClusterState, observed: &Observed) -> Option<Command> {
+    if state.cluster.name.is_empty() {
+        return None;
+    }
+    let plan = plan(state, observed, now_ms());
+    if plan.decisions.is_empty() {
+        return None;
+    }
+    if let Err(broken) = check(state, &plan) {
+        tracing::error!(%broken, ?plan, "a plan breaks a safety rule and is not carried out: this is a defect");
+        return None;
+    }
+    for decision in &plan.decisions {
+        tracing::info!(action = ?decision.action, because = %decision.cause, "decides");
+    }
+    Some(Command::Decide { revision: plan.revision, decisions: plan.decisions })
+}

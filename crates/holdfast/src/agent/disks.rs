@@ -1,0 +1,144 @@
+//! Making and deleting the files of VMs. A VM's files have a directory of their
+//! own, whose name nothing else ever has, so an attempt that was cut off is
+//! simply begun again.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use holdfast_core::*;
+use holdfast_qemu::QemuImg;
+use tokio::task::JoinHandle;
+
+use super::{Agent, Member};
+
+/// Long enough for the largest image on the slowest storage.
+const DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+impl Agent {
+    /// Does the work on disks that the cluster gave to this node.
+    pub(super) async fn keep_disks(self, member: &'static Member) {
+        let mut changes = self.changes();
+        let mut working: BTreeMap<JobId, JoinHandle<()>> = BTreeMap::new();
+        loop {
+            let state = changes.borrow_and_update().clone();
+            let mut mine = BTreeMap::new();
+            for vm in state.vms.values() {
+                match &vm.disks {
+                    DiskStage::Making { node, job, .. } | DiskStage::Deleting { node, job } if *node == member.me => {
+                        mine.insert(*job, vm.clone());
+                    }
+                    _ => {}
+                }
+            }
+            working.retain(|job, work| {
+                let wanted = mine.contains_key(job);
+                if !wanted {
+                    work.abort();
+                    member.reports.say(|report| drop(report.work.remove(job)));
+                }
+                wanted
+            });
+            for (job, vm) in mine {
+                working.entry(job).or_insert_with(|| tokio::spawn(self.clone().work_on_disks(member, job, vm)));
+            }
+            drop(state);
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn work_on_disks(self, member: &'static Member, job: JobId, vm: Vm) {
+        let progress = |percent: u8, note: &str| {
+            let progress = Progress { percent, note: note.to_owned() };
+            member.reports.say(|report| report.work.entry(job).or_default().progress = progress);
+        };
+        let end = match &vm.disks {
+            DiskStage::Making { sources, .. } => {
+                progress(0, "making its disks");
+                let made = self.make(&vm, sources, progress).await;
+                if made.is_err() {
+                    // Nothing half-made.
+                    let _ = self.delete(&vm).await;
+                }
+                made
+            }
+            DiskStage::Deleting { .. } => {
+                progress(0, "deleting its disks");
+                self.delete(&vm).await
+            }
+            DiskStage::Ready => return,
+        };
+        member.reports.say(|report| report.work.entry(job).or_default().end = Some(end));
+    }
+
+    async fn make(&self, vm: &Vm, sources: &Sources, progress: impl Fn(u8, &str) + Sync) -> Result<(), String> {
+        self.delete(vm).await?;
+        for dir in self.directories(vm) {
+            tokio::fs::create_dir_all(&dir).await.map_err(|error| format!("cannot make {}: {error}", dir.display()))?;
+        }
+        if let Some(boot) = &vm.spec.direct_boot {
+            let copies = [(&sources.kernel, Some(&boot.kernel)), (&sources.initrd, boot.initrd.as_ref())];
+            for (from, to) in copies {
+                if let (Some(from), Some(to)) = (from, to) {
+                    copy(Path::new(from), &self.volume_path(&boot.volume, to)).await?;
+                }
+            }
+        }
+        let qemu_img = QemuImg::new("qemu-img");
+        let count = vm.spec.disks.len();
+        for (index, disk) in vm.spec.disks.iter().enumerate() {
+            let path = self.volume_path(&disk.volume, &disk.file);
+            let made = match sources.images.get(index).and_then(Option::as_ref) {
+                None => qemu_img.create(&path, disk.format, disk.size_bytes, DEADLINE).await,
+                Some(image) => {
+                    let note = format!("copying {image}");
+                    let on = |share: f64| progress(((index as f64 + share) * 100.0 / count as f64) as u8, &note);
+                    qemu_img.convert(Path::new(image), &path, disk.format, Some(disk.size_bytes), DEADLINE, on).await
+                }
+            };
+            made.map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    async fn delete(&self, vm: &Vm) -> Result<(), String> {
+        for dir in self.directories(vm) {
+            match tokio::fs::remove_dir_all(&dir).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(format!("cannot delete {}: {error}", dir.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The VM's own directory on each volume that it uses.
+    fn directories(&self, vm: &Vm) -> Vec<PathBuf> {
+        let mut volumes: Vec<_> = vm.spec.disks.iter().map(|disk| &disk.volume).collect();
+        volumes.sort_unstable();
+        volumes.dedup();
+        volumes.into_iter().map(|volume| self.volume_path(volume, &Vm::directory(vm.id, &vm.name))).collect()
+    }
+}
+
+/// Copies a file that several VMs may share, under a name made from its contents:
+/// once it is there it is right.
+async fn copy(from: &Path, to: &Path) -> Result<(), String> {
+    let copying = async {
+        if tokio::fs::try_exists(to).await? {
+            return Ok(());
+        }
+        let dir = to.parent().unwrap_or(Path::new("/"));
+        tokio::fs::create_dir_all(dir).await?;
+        let draft = to.with_extension(format!("{}.tmp", uuid::Uuid::new_v4().simple()));
+        tokio::fs::copy(from, &draft).await?;
+        tokio::fs::File::open(&draft).await?.sync_all().await?;
+        tokio::fs::rename(&draft, to).await?;
+        tokio::fs::File::open(dir).await?.sync_all().await
+    };
+    let copied: std::io::Result<()> = copying.await;
+    copied.map_err(|error| format!("cannot copy {} to {}: {error}", from.display(), to.display()))
+}

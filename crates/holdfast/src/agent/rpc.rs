@@ -1,0 +1,177 @@
+//! What agents ask of each other, under `/node/`; and the one thing that a host
+//! asks that is no node yet. Who may call is settled before (`http/gate.rs`).
+
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, post};
+use axum::{Extension, Json, Router};
+use bytes::Bytes;
+use holdfast_consensus::{RpcError, RpcKind};
+use holdfast_core::*;
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+
+use super::enter::{JoinAnswer, JoinRefusal, JoinRequest};
+use super::report::Numbered;
+use super::volumes::{Probe, Probed};
+use super::{Agent, Attempt, CONSOLE_PROTOCOL, Failure, Member, Proposed, coordinator};
+use crate::http::{ApiError, Peer};
+
+/// Has a proposal agreed on.
+pub const PROPOSE: &str = "/node/propose";
+/// Takes a node's report.
+pub const REPORT: &str = "/node/report";
+/// Tells what the coordinator sees.
+pub const OBSERVED: &str = "/node/observed";
+/// Looks at a directory that is to become a volume.
+pub const PROBE: &str = "/node/probe-volume";
+/// Lets a host join.
+pub const JOIN: &str = "/api/v1/join";
+/// A snapshot may travel in one body.
+const LONGEST_BODY: usize = 64 << 20;
+
+/// Where a VM's console is opened at the node that runs it.
+pub fn console_path(vm: VmId) -> String {
+    format!("/node/vms/{vm}/console")
+}
+
+/// Where the target of a migration is told to announce, or to continue, a guest.
+pub fn handover_path(vm: VmId, step: Handover) -> String {
+    let step = match step {
+        Handover::Announce => "announce",
+        Handover::Continue => "continue",
+    };
+    format!("/node/vms/{vm}/{step}")
+}
+
+/// What a migration's source tells its target directly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handover {
+    /// The guest stands still at the source: send its frames here.
+    Announce,
+    /// The guest is sent, and never continues at the source.
+    Continue,
+}
+
+/// The target's QEMU that is meant, and the figures of its coming.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct HandoverCall {
+    /// The target's epoch.
+    pub epoch: Epoch,
+    /// By the source's account.
+    pub moved: Option<Moved>,
+}
+
+/// What the target answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HandedOver {
+    /// It is so.
+    Done,
+    /// Its QEMU is gone: the guest is lost.
+    Gone,
+    /// Not yet, or not now: ask again.
+    Again(String),
+}
+
+#[derive(Clone)]
+struct Context {
+    agent: Agent,
+    member: &'static Member,
+}
+
+/// The routes under `/node/`, and [`JOIN`].
+pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
+    Router::new()
+        .route("/node/consensus/{kind}", post(consensus))
+        .route(PROPOSE, post(propose))
+        .route(REPORT, post(report))
+        .route(OBSERVED, post(observed))
+        .route(PROBE, post(probe))
+        .route("/node/vms/{vm}/announce", post(announce))
+        .route("/node/vms/{vm}/continue", post(go_on))
+        .route("/node/vms/{vm}/console", any(console))
+        .route(JOIN, post(join))
+        .layer(DefaultBodyLimit::max(LONGEST_BODY))
+        .with_state(Context { agent, member })
+}
+
+async fn consensus(State(context): State<Context>, Path(kind): Path<String>, body: Bytes) -> Response {
+    let Some(kind) = RpcKind::from_name(&kind) else { return StatusCode::NOT_FOUND.into_response() };
+    match context.member.consensus.handle(kind, body).await {
+        Ok(answer) => answer.into_response(),
+        Err(error @ RpcError::Malformed { .. }) => (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
+        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response(),
+    }
+}
+
+async fn propose(State(context): State<Context>, Json(proposal): Json<Proposal>) -> Json<Result<Proposed, Attempt>> {
+    Json(context.agent.propose_here(context.member, &proposal).await)
+}
+
+async fn report(
+    State(context): State<Context>,
+    Extension(peer): Extension<Peer>,
+    Json(said): Json<Numbered>,
+) -> Response {
+    let Peer::Remote { node: Some(node) } = peer else { return StatusCode::FORBIDDEN.into_response() };
+    if !context.member.consensus.standing().borrow().is_coordinator() {
+        return (StatusCode::MISDIRECTED_REQUEST, "this node is not the coordinator").into_response();
+    }
+    context.member.reports.hear(node, said);
+    Json(()).into_response()
+}
+
+async fn observed(State(context): State<Context>) -> Response {
+    if !context.member.consensus.standing().borrow().is_coordinator() {
+        return (StatusCode::MISDIRECTED_REQUEST, "this node is not the coordinator").into_response();
+    }
+    Json(coordinator::observe(context.member).nodes).into_response()
+}
+
+async fn probe(State(context): State<Context>, Json(probe): Json<Probe>) -> Json<Probed> {
+    Json(context.agent.probe_volume(probe).await)
+}
+
+async fn announce(
+    State(context): State<Context>,
+    Path(vm): Path<uuid::Uuid>,
+    Json(call): Json<HandoverCall>,
+) -> Json<HandedOver> {
+    Json(context.member.guests.announce(VmId(vm), call).await)
+}
+
+async fn go_on(
+    State(context): State<Context>,
+    Path(vm): Path<uuid::Uuid>,
+    Json(call): Json<HandoverCall>,
+) -> Json<HandedOver> {
+    Json(context.agent.continue_here(context.member, VmId(vm), call).await)
+}
+
+async fn console(State(context): State<Context>, Path(vm): Path<uuid::Uuid>, mut request: Request) -> Response {
+    let mut serial = match context.agent.local_console(VmId(vm)).await {
+        Ok(serial) => serial,
+        Err(failure) => return ApiError::from(failure).into_response(),
+    };
+    let upgrading = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        if let Ok(upgraded) = upgrading.await {
+            // Either end may leave whenever it likes.
+            let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut serial).await;
+        }
+    });
+    let headers = [(axum::http::header::CONNECTION, "upgrade"), (axum::http::header::UPGRADE, CONSOLE_PROTOCOL)];
+    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+}
+
+async fn join(State(context): State<Context>, Json(request): Json<JoinRequest>) -> Response {
+    let answer: Result<JoinAnswer, Failure> = context.agent.admit(request).await;
+    match answer {
+        Ok(answer) => Json(answer).into_response(),
+        Err(failure) => {
+            let error = ApiError::from(failure);
+            (error.status, Json(JoinRefusal { code: error.code, text: error.message })).into_response()
+        }
+    }
+}

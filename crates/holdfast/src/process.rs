@@ -1,0 +1,97 @@
+//! The two long-running processes: the keeper, and the agent that it starts.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::sys::resource::{Resource, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::agent::Agent;
+use crate::config::Config;
+use crate::keeper::{Keeper, KeeperConfig};
+
+/// The group whose members may use the agent's socket.
+const GROUP: &str = "holdfast";
+/// How long the agent may take to end when the keeper is told to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+/// The agent goes before guests when processors are scarce, as far as the system
+/// allows: an agreement that comes late looks like a lost node.
+const NICE: i32 = -15;
+
+/// `holdfast keeper`.
+pub fn keeper(config: Option<&Path>) -> ExitCode {
+    end("the keeper", run_keeper(config))
+}
+
+/// `holdfast agent`.
+pub fn agent(config: Option<&Path>) -> ExitCode {
+    end("the agent", run_agent(config))
+}
+
+fn end(who: &str, ended: Result<()>) -> ExitCode {
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("holdfast: {who} cannot go on: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn set_up(config: Option<&Path>) -> Result<Config> {
+    let config = Config::load(config)?;
+    // What the Raft engine tells at every turn is for its own developers.
+    let filter = EnvFilter::try_new(format!("openraft=error,{}", config.log))
+        .with_context(|| format!("log = {:?} is not a filter", config.log))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    std::fs::create_dir_all(&config.run_dir).with_context(|| format!("cannot make {}", config.run_dir.display()))?;
+    Ok(config)
+}
+
+fn run_keeper(path: Option<&Path>) -> Result<()> {
+    let config = set_up(path)?;
+    // QEMU holds some descriptors for each disk and NIC.
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, 65536, 65536) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+    let mut agent: Vec<OsString> = vec![std::env::current_exe()?.into(), "agent".into()];
+    if let Some(path) = path {
+        agent.extend(["--config".into(), path.into()]);
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    Ok(Keeper::run(KeeperConfig { run_dir: config.run_dir, agent, drain: DRAIN })?)
+}
+
+fn run_agent(path: Option<&Path>) -> Result<()> {
+    let config = set_up(path)?;
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .on_thread_start(|| {
+            if let Err(error) = crate::realtime::go_first(NICE) {
+                tracing::warn!(%error, "the agent has no precedence over other processes");
+            }
+        })
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate())?;
+        let agent = Agent::start(config.clone(), stop.clone()).await?;
+        let serving = crate::http::serve(agent.clone(), config.agent_socket(), Some(GROUP), stop.clone());
+        tokio::select! {
+            served = serving => served?,
+            _ = terminate.recv() => {
+                tracing::info!("asked to end");
+                stop.cancel();
+            }
+        }
+        Ok(())
+    })
+}
