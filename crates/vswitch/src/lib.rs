@@ -47,6 +47,8 @@ pub struct Vswitch {
     /// Changes read what is there first; two at once would act on what the other is changing.
     /// Announcements do not take it: nothing may hold them up.
     changing: Arc<Mutex<()>>,
+    /// A netlink socket can list one thing at a time: the kernel refuses a second list with EBUSY.
+    listing: Arc<Mutex<()>>,
     /// For announcements; opened once because closing a packet socket waits for an RCU grace
     /// period, which was measured to take 8 ms.
     frames: Arc<OnceLock<OwnedFd>>,
@@ -67,6 +69,7 @@ impl Vswitch {
         Ok(Vswitch {
             handle,
             changing: Arc::default(),
+            listing: Arc::default(),
             frames: Arc::default(),
         })
     }

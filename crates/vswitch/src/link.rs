@@ -240,6 +240,7 @@ impl Vswitch {
 
     /// Every interface, by its index.
     pub(crate) async fn links(&self) -> Result<BTreeMap<u32, Link>> {
+        let _alone = self.listing.lock().await;
         let messages: Vec<LinkMessage> = answer(
             || "list the interfaces".to_owned(),
             self.handle.link().get().execute().try_collect(),
@@ -258,6 +259,7 @@ impl Vswitch {
         which: Addresses,
     ) -> Result<BTreeMap<u32, Vec<(IpAddr, u8)>>> {
         let request = self.handle.address().get();
+        let _alone = self.listing.lock().await;
         let messages: Vec<_> = answer(
             || "list the addresses".to_owned(),
             request.execute().try_collect(),

@@ -27,6 +27,7 @@ impl Vswitch {
             .get()
             .set_filter_mask(BRIDGE_FAMILY, vec![LinkExtentMask::Brvlan])
             .execute();
+        let _alone = self.listing.lock().await;
         let messages: Vec<LinkMessage> = answer(
             || "list the VLANs of the bridges".to_owned(),
             request.try_collect(),

@@ -216,7 +216,7 @@ impl Agent {
     }
 
     async fn new_node(&self, heartbeat: &SecretKey) -> Result<NewNode, Failure> {
-        let facts = self.facts().await;
+        let facts = self.facts().await.map_err(broken)?;
         if facts.addresses.is_empty() {
             let why = "this host has no network address that a cluster could use: give an interface an address, or look at `ignore_interfaces` in the configuration";
             return Err(Failure::other("no_address", why));

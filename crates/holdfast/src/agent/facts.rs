@@ -103,7 +103,10 @@ impl Agent {
     }
 
     /// What this host says of itself now.
-    pub(super) async fn facts(&self) -> NodeFacts {
+    ///
+    /// # Errors
+    /// The interfaces cannot be listed.
+    pub(super) async fn facts(&self) -> Result<NodeFacts, holdfast_vswitch::Error> {
         let config = &self.0.config;
         let qemu = self.usable_qemu().await.ok();
         let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
@@ -114,28 +117,21 @@ impl Agent {
             }
             None => (Accelerator::Tcg, None, Vec::new()),
         };
-        NodeFacts {
+        Ok(NodeFacts {
             cpus: if config.cpus == 0 { cpus } else { config.cpus },
             memory_bytes: memory_for_vms(config),
             accelerator,
             qemu: version,
             machines,
-            addresses: self.addresses().await,
+            addresses: self.addresses().await?,
             version: env!("CARGO_PKG_VERSION").into(),
             watchdog: Path::new("/dev/watchdog").exists().then(|| "/dev/watchdog".into()),
-        }
+        })
     }
 
-    async fn addresses(&self) -> Vec<NodeAddress> {
-        let interfaces = match self.0.vswitch.interfaces().await {
-            Ok(interfaces) => interfaces,
-            Err(error) => {
-                tracing::warn!(%error, "the interfaces cannot be listed");
-                return Vec::new();
-            }
-        };
+    async fn addresses(&self) -> Result<Vec<NodeAddress>, holdfast_vswitch::Error> {
         let mut addresses = Vec::new();
-        for interface in interfaces {
+        for interface in self.0.vswitch.interfaces().await? {
             let host_only = HOST_ONLY.iter().any(|prefix| interface.name.starts_with(prefix));
             if host_only || self.0.config.ignore_interfaces.contains(&interface.name) {
                 continue;
@@ -152,14 +148,22 @@ impl Agent {
             }));
         }
         addresses.sort();
-        addresses
+        Ok(addresses)
     }
 
     /// Keeps what the cluster knows of this host true.
     pub(super) async fn keep_facts(self, member: &'static Member) {
         let mut changes = self.0.vswitch.watch().ok();
         loop {
-            let facts = self.facts().await;
+            // What cannot be seen right now has not changed for that.
+            let facts = match self.facts().await {
+                Ok(facts) => facts,
+                Err(error) => {
+                    tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "this host's interfaces cannot be listed");
+                    sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+            };
             let known = self.state().nodes.get(&member.me).map(|node| node.facts.clone());
             if let Some(known) = known
                 && known != facts

@@ -260,8 +260,12 @@ impl Guest {
         {
             return Ok(qmp.clone());
         }
-        self.monitor = None;
+        let lost = self.monitor.take().is_some_and(|(known, ..)| known == epoch);
         let socket = Launch::monitor_socket(&self.agent.0.config.vm_dir(self.vm));
+        if lost {
+            // Most likely QEMU has ended; the keeper tells in a moment.
+            return Err(QemuError::Gone { socket });
+        }
         let qmp = Qmp::connect(&socket, GREETING).await?;
         let events = qmp.events();
         self.monitor = Some((epoch, qmp.clone(), events));
