@@ -398,7 +398,7 @@ async fn a_line_that_is_no_request_is_answered_and_a_second_client_sees_the_same
 
 /// The lease thread's own turns, in this thread, so that its allocations can be counted.
 #[test]
-fn the_lease_thread_allocates_nothing() {
+fn the_lease_thread_allocates_nothing_and_regains_only_when_all_are_dead() {
     let lab = Lab::new();
     let life = Incarnation(77);
     let nodes = lab.admit(life, 1);
@@ -438,16 +438,27 @@ fn the_lease_thread_allocates_nothing() {
         }
     };
     turns_until(&|| table.open());
+    let watch = pidfd.try_clone().unwrap();
     let published = table.publish(pidfd).unwrap();
-    let held_until = Instant::now() + Duration::from_millis(3 * TIMING.heartbeat_ms);
-    turns_until(&|| Instant::now() > held_until);
+    let some_beats = || {
+        let until = Instant::now() + Duration::from_millis(3 * TIMING.heartbeat_ms);
+        move || Instant::now() > until
+    };
+    turns_until(&some_beats());
     lab.leases.set_authority(Authority::NONE);
     turns_until(&|| !table.open());
+    assert!(readable(&watch, SOON), "its VM was killed");
     assert_eq!(child.wait().unwrap().signal(), Some(9));
+
+    // Granted again, it does not count before the main thread has seen the VM dead.
+    lab.leases.set_authority(FOREVER);
+    turns_until(&some_beats());
+    assert!(!table.open());
     drop(table.withdraw(published));
+    wake.write(1).unwrap();
+    turns_until(&|| table.open());
     assert!(matches!(said.try_recv(), Ok(FromLease::Gained { .. })));
-    assert!(matches!(
-        said.try_recv(),
-        Ok(FromLease::Lost { killed: 1, .. })
-    ));
+    let lost = said.try_recv();
+    assert!(matches!(lost, Ok(FromLease::Lost { killed: 1, .. })));
+    assert!(matches!(said.try_recv(), Ok(FromLease::Gained { .. })));
 }

@@ -186,15 +186,14 @@ impl Vms {
                 Some((asked, Ok(Reply::Dead { exit: *exit })))
             }
             Stage::Ended(ProcessState::Running) => None,
-            Stage::Starting { published, .. } | Stage::Running(published) => {
-                match published.kill() {
-                    Ok(_) => {
-                        process.kills.push(asked);
-                        None
-                    }
-                    Err(error) => Some((asked, Err(failed("be killed", &error)))),
+            Stage::Starting { published, .. } | Stage::Running(published) => match published.kill()
+            {
+                Ok(_) => {
+                    process.kills.push(asked);
+                    None
                 }
-            }
+                Err(error) => Some((asked, Err(failed("be killed", &error)))),
+            },
         }
     }
 
