@@ -145,7 +145,7 @@ impl Config {
 
     /// Where the sockets and logs of a VM that runs here are.
     pub fn vm_dir(&self, vm: holdfast_core::VmId) -> PathBuf {
-        self.run_dir.join("vms").join(vm.to_string())
+        self.run_dir.join("guests").join(vm.to_string())
     }
 
     /// Where the keeper answers on this host.
