@@ -1,1 +1,32 @@
-//! Holdfast: api.
+//! What travels over Holdfast's REST API: requests and views.
+//!
+//! No server and no core internals: whoever talks to a cluster from outside can
+//! use this crate alone. Times are `*_ms`: moments are milliseconds since the
+//! Unix epoch, durations plain milliseconds. `*_bytes` are bytes. Requests
+//! refuse unknown fields, so a misspelt one is not silently ignored; views may
+//! grow fields in later versions, so readers must tolerate unknown ones.
+
+mod cluster;
+mod error;
+mod job;
+mod network;
+mod node;
+mod size;
+mod stream;
+mod token;
+mod vm;
+mod volume;
+
+pub use cluster::{ClusterView, Counts, FoundCluster, Founded, ProfileName, Quorum, SetProfile};
+pub use error::{ErrorBody, ErrorDetail};
+pub use job::{Event, JobOutcome, JobState, JobView, Moved, Severity};
+pub use network::{AddSwitch, NetworkView, SetNetwork, SwitchKind, SwitchView};
+pub use node::{Address, JoinCluster, JoinLine, MakeJoinToken, NodeState, NodeView};
+pub use size::{BadSize, Size};
+pub use stream::{Change, ChangeKind};
+pub use token::{AddToken, MadeToken, TokenView};
+pub use vm::{
+    Cause, CreateVm, DesiredState, DiskDefinition, DiskFormat, DiskView, Explanation, KernelBoot, MigrateVm,
+    NicDefinition, Priority, StopVm, VmDefinition, VmState, VmView,
+};
+pub use volume::{AddVolume, Reach, VolumeKind, VolumeView};

@@ -1,0 +1,58 @@
+//! Cluster shared volumes.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A cluster shared volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VolumeView {
+    /// Its name.
+    pub name: String,
+    /// Its identity, also written on it.
+    pub id: String,
+    /// What is behind it.
+    pub kind: VolumeKind,
+    /// The path of what is behind it, on every node.
+    pub path: String,
+    /// Where the asked node sees it.
+    pub mounted_at: String,
+    /// Its size, as the asked node sees it; absent when it does not reach it.
+    pub size_bytes: Option<u64>,
+    /// What of it is free, as the asked node sees it.
+    pub free_bytes: Option<u64>,
+    /// How each node reaches it.
+    pub reach: Vec<Reach>,
+    /// VMs with files on it.
+    pub vms: Vec<String>,
+    /// When it was added.
+    pub added_ms: u64,
+}
+
+/// What is behind a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum VolumeKind {
+    /// A directory that every node sees under the same path.
+    Directory,
+}
+
+/// How a node reaches a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reach {
+    /// The node.
+    pub node: String,
+    /// Whether it does; absent when it said nothing yet.
+    pub ok: Option<bool>,
+    /// Why it does not.
+    pub why: Option<String>,
+}
+
+/// Adds a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddVolume {
+    /// Its name.
+    pub name: String,
+    /// A directory that every node sees under this path.
+    pub directory: String,
+}
