@@ -2,6 +2,7 @@
 //! agent, and the command line that talks to them.
 
 mod agent;
+mod cli;
 mod config;
 mod heartbeat;
 mod http;
@@ -11,13 +12,33 @@ mod leases;
 mod process;
 mod realtime;
 
-fn main() -> std::process::ExitCode {
-    let args: Vec<String> = std::env::args().collect();
-    let config = args.get(3).map(std::path::Path::new);
-    match args.get(1).map(String::as_str) {
-        Some("keeper") => process::keeper(config),
-        Some("agent") => process::agent(config),
-        Some("lab-init") => holdfast_lab::init::main(args.into_iter().skip(2).map(Into::into)),
-        _ => std::process::ExitCode::FAILURE,
+use std::process::ExitCode;
+
+use cli::Command;
+
+fn main() -> ExitCode {
+    let cli = cli::parse();
+    // The keeper blocks signals and forks: nothing may have started a thread before.
+    match cli.command {
+        Command::Keeper { config } => process::keeper(config.as_deref()),
+        Command::Agent { config } => process::agent(config.as_deref()),
+        Command::LabInit { args } => holdfast_lab::init::main(args),
+        _ => client(cli),
+    }
+}
+
+fn client(cli: cli::Cli) -> ExitCode {
+    rustls::crypto::ring::default_provider().install_default().ok();
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => {
+            let code = runtime.block_on(cli::run(cli));
+            // A console's keyboard may still be waited for.
+            runtime.shutdown_background();
+            code
+        }
+        Err(error) => {
+            eprintln!("holdfast: {error}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -49,6 +49,18 @@ pub fn observe(member: &Member) -> Observed {
     observed
 }
 
+fn lend_authority(member: &Member) {
+    let standing = member.consensus.standing();
+    let standing = standing.borrow();
+    let authority = match (standing.me, standing.quorum_acked) {
+        (Role::Coordinator { .. }, Some(acknowledged)) => {
+            Authority::from_quorum(acknowledged, member.consensus.authority_window_ms())
+        }
+        _ => Authority::NONE,
+    };
+    member.leases.set_authority(authority);
+}
+
 fn admissions(state: &ClusterState) -> Vec<Admission> {
     let admission =
         |node: &Node| Admission { node: node.id, admitted: node.incarnation, term: node.term, up: node.is_up() };
@@ -59,19 +71,9 @@ impl Agent {
     /// Lends the lease thread the authority that consensus gives, as it gives it.
     pub(super) async fn keep_authority(self, member: &'static Member) {
         let mut standing = member.consensus.standing();
-        let window_ms = member.consensus.authority_window_ms();
-        loop {
-            let authority = {
-                let now = standing.borrow_and_update();
-                match (now.me, now.quorum_acked) {
-                    (Role::Coordinator { .. }, Some(acknowledged)) => Authority::from_quorum(acknowledged, window_ms),
-                    _ => Authority::NONE,
-                }
-            };
-            member.leases.set_authority(authority);
-            if standing.changed().await.is_err() {
-                return;
-            }
+        while standing.changed().await.is_ok() {
+            standing.borrow_and_update();
+            lend_authority(member);
         }
     }
 
@@ -114,6 +116,8 @@ impl Agent {
             sleep(EVERY).await;
             return;
         }
+        // Each coordinatorship begins without any.
+        lend_authority(member);
         let members = tokio::spawn(self.clone().keep_members(member));
         let mut known = Vec::new();
         // When the lease thread began to grant the current, perhaps shorter leases.
