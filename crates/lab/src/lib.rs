@@ -19,6 +19,7 @@
 //! It needs root, iproute2, nftables and a kernel with the usual namespaces.
 //! Nothing it makes outlives the process that made it.
 
+pub mod cluster;
 mod fabric;
 pub mod guest;
 mod host;
