@@ -1,0 +1,76 @@
+//! Nodes.
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::{Extension, Json};
+use holdfast_api as api;
+use holdfast_core::Command;
+
+use super::{Outlook, execute, state};
+use crate::http::Served;
+use crate::http::error::{ApiError, Body};
+use crate::http::gate::Caller;
+use crate::http::views;
+
+/// For how long a join token is good when nothing else is said.
+const TOKEN_VALID_MS: u64 = 60 * 60 * 1000;
+/// The longest that a join token may be good.
+const TOKEN_VALID_AT_MOST_MS: u64 = 30 * 24 * 60 * 60 * 1000;
+
+/// The nodes.
+#[utoipa::path(get, path = "/api/v1/nodes", operation_id = "listNodes", tag = "nodes", responses(
+    (status = 200, body = Vec<api::NodeView>),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn list(State(served): State<Served>) -> Result<Json<Vec<api::NodeView>>, ApiError> {
+    let outlook = Outlook::take(&served.agent).await;
+    let state = state(&served.agent)?;
+    let view = |node| views::node(&state, node, outlook.vantage());
+    Ok(Json(state.nodes.values().map(view).collect()))
+}
+
+/// A node, by its name or its number.
+#[utoipa::path(get, path = "/api/v1/nodes/{name}", operation_id = "showNode", tag = "nodes", params(("name" = String, Path)), responses(
+    (status = 200, body = api::NodeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn show(State(served): State<Served>, Path(name): Path<String>) -> Result<Json<api::NodeView>, ApiError> {
+    let state = state(&served.agent)?;
+    let node = super::node(&state, &name)?;
+    let outlook = Outlook::take(&served.agent).await;
+    Ok(Json(views::node(&state, node, outlook.vantage())))
+}
+
+/// Removes a node from the cluster. No VM may be on it, unless it is lost.
+#[utoipa::path(delete, path = "/api/v1/nodes/{name}", operation_id = "removeNode", tag = "nodes", params(("name" = String, Path)), responses(
+    (status = 204, description = "it is no node any more"),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn remove(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let node = super::node(&*state(&served.agent)?, &name)?.id;
+    execute(&served.agent, &by, Command::RemoveNode { node }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Makes a token with which one host may join, once.
+#[utoipa::path(post, path = "/api/v1/join-tokens", operation_id = "makeJoinToken", tag = "nodes", request_body = api::MakeJoinToken, responses(
+    (status = 201, body = api::JoinLine),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn make_join_token(
+    State(served): State<Served>,
+    Extension(Caller(by)): Extension<Caller>,
+    Body(request): Body<api::MakeJoinToken>,
+) -> Result<(StatusCode, Json<api::JoinLine>), ApiError> {
+    let valid_ms = request.valid_ms.unwrap_or(TOKEN_VALID_MS);
+    if !(1000..=TOKEN_VALID_AT_MOST_MS).contains(&valid_ms) {
+        return Err(ApiError::invalid("a join token is good for at least a second and at most 30 days"));
+    }
+    let line = served.agent.join_line(&by, valid_ms / 1000).await?;
+    let line = api::JoinLine { address: line.address, token: line.token };
+    Ok((StatusCode::CREATED, Json(line)))
+}

@@ -1,0 +1,100 @@
+//! Cluster shared volumes.
+
+use std::time::Duration;
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::{Extension, Json};
+use holdfast_api as api;
+use holdfast_core::{ClusterState, Command, Volume};
+
+use super::{Outlook, execute, state};
+use crate::http::Served;
+use crate::http::error::{ApiError, Body};
+use crate::http::gate::Caller;
+use crate::http::views::{self, Room, Seen};
+
+/// A volume whose storage is cut off may never answer: then its room is unknown.
+const ROOM_WITHIN: Duration = Duration::from_secs(1);
+
+async fn view(
+    served: &Served,
+    state: &ClusterState,
+    name: &str,
+    volume: &Volume,
+    observed: Seen<'_>,
+) -> api::VolumeView {
+    let path = served.agent.volume_path(name, "");
+    let mounted_at = path.display().to_string().trim_end_matches('/').to_owned();
+    let found = tokio::task::spawn_blocking(move || nix::sys::statvfs::statvfs(&path));
+    let room = match tokio::time::timeout(ROOM_WITHIN, found).await {
+        Ok(Ok(Ok(found))) => {
+            let unit = found.fragment_size();
+            Some(Room { size: found.blocks() * unit, free: found.blocks_available() * unit })
+        }
+        _ => None,
+    };
+    views::volume(state, name, volume, mounted_at, room, observed)
+}
+
+async fn one(served: &Served, name: &str) -> Result<api::VolumeView, ApiError> {
+    let state = state(&served.agent)?;
+    let volume = state.volumes.get(name).ok_or_else(|| ApiError::not_found("volume", name))?;
+    let outlook = Outlook::take(&served.agent).await;
+    Ok(view(served, &state, name, volume, outlook.observed.as_ref()).await)
+}
+
+/// The volumes.
+#[utoipa::path(get, path = "/api/v1/volumes", operation_id = "listVolumes", tag = "volumes", responses(
+    (status = 200, body = Vec<api::VolumeView>),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn list(State(served): State<Served>) -> Result<Json<Vec<api::VolumeView>>, ApiError> {
+    let state = state(&served.agent)?;
+    let outlook = Outlook::take(&served.agent).await;
+    let all = state.volumes.iter().map(|(name, volume)| view(&served, &state, name, volume, outlook.observed.as_ref()));
+    Ok(Json(futures_util::future::join_all(all).await))
+}
+
+/// Adds a volume, after every node that is up was seen to reach it.
+#[utoipa::path(post, path = "/api/v1/volumes", operation_id = "addVolume", tag = "volumes", request_body = api::AddVolume, responses(
+    (status = 201, body = api::VolumeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn add(
+    State(served): State<Served>,
+    Extension(Caller(by)): Extension<Caller>,
+    Body(request): Body<api::AddVolume>,
+) -> Result<(StatusCode, Json<api::VolumeView>), ApiError> {
+    if !request.directory.starts_with('/') {
+        return Err(ApiError::invalid(format!(
+            "{:?} is no absolute path: name the directory as every node sees it",
+            request.directory
+        )));
+    }
+    served.agent.add_volume(&by, &request.name, &request.directory).await?;
+    Ok((StatusCode::CREATED, Json(one(&served, &request.name).await?)))
+}
+
+/// A volume.
+#[utoipa::path(get, path = "/api/v1/volumes/{name}", operation_id = "showVolume", tag = "volumes", params(("name" = String, Path)), responses(
+    (status = 200, body = api::VolumeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn show(State(served): State<Served>, Path(name): Path<String>) -> Result<Json<api::VolumeView>, ApiError> {
+    one(&served, &name).await.map(Json)
+}
+
+/// Removes a volume that no VM uses. What is on it stays.
+#[utoipa::path(delete, path = "/api/v1/volumes/{name}", operation_id = "removeVolume", tag = "volumes", params(("name" = String, Path)), responses(
+    (status = 204, description = "it is no volume any more; its files stay"),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn remove(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    execute(&served.agent, &by, Command::RemoveVolume { name }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

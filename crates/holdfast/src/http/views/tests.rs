@@ -1,0 +1,246 @@
+use super::*;
+
+/// Two nodes of which the first founded the cluster, made by real commands.
+fn state() -> ClusterState {
+    let mut state = ClusterState::default();
+    let mut apply = |command| {
+        let proposal = Proposal { id: RequestId(uuid::Uuid::new_v4()), at_ms: 1000, by: "root".into(), command };
+        let reply = state.apply(&proposal);
+        assert!(!matches!(reply, Reply::Refused(_)), "{reply:?}");
+    };
+    let new = |name: &str, last: u8| NewNode {
+        name: name.into(),
+        port: 7400,
+        heartbeat_port: 7400,
+        heartbeat_key: [0; 32],
+        facts: NodeFacts {
+            cpus: 4,
+            memory_bytes: 8 << 30,
+            qemu: Some("7.2.0".into()),
+            machines: vec!["pc-q35-7.2".into()],
+            addresses: vec![NodeAddress { interface: "eth0".into(), ip: [10, 0, 0, last].into(), prefix: 24 }],
+            ..NodeFacts::default()
+        },
+    };
+    apply(Command::Found { cluster: Cluster { name: "prod".into(), ..Cluster::default() }, node: new("n1", 1) });
+    apply(Command::AddJoinToken { digest: "d".into(), expires_ms: 5000 });
+    apply(Command::Join { digest: "d".into(), node: new("n2", 2) });
+    apply(Command::AddVolume {
+        name: "main".into(),
+        id: uuid::Uuid::nil(),
+        kind: VolumeKind::Directory { path: "/srv/main".into() },
+    });
+    for node in state.nodes.values_mut() {
+        node.membership = Membership::Up;
+        node.term = NodeTerm(1);
+    }
+    state
+}
+
+fn a_vm(state: &mut ClusterState) -> VmId {
+    let id = VmId(uuid::Uuid::from_u128(7));
+    let proposal = Proposal {
+        id: RequestId(uuid::Uuid::new_v4()),
+        at_ms: 2000,
+        by: "root".into(),
+        command: Command::CreateVm {
+            id,
+            name: "web".into(),
+            spec: VmSpec {
+                cpus: 1,
+                memory_bytes: 1 << 30,
+                machine: "pc-q35-7.2".into(),
+                cpu_model: None,
+                direct_boot: None,
+                disks: Vec::new(),
+                nics: Vec::new(),
+                priority: Priority::Medium,
+                stop_timeout_s: 60,
+            },
+            node: NodeId(1),
+            sources: Sources::default(),
+        },
+    };
+    assert_eq!(state.apply(&proposal), Reply::Job(JobId(1)));
+    id
+}
+
+fn quiet(silent_ms: u64, state: &ClusterState) -> BTreeMap<NodeId, NodeObserved> {
+    let seen = |node: &Node| NodeObserved {
+        silent_ms,
+        report: Some(NodeReport { incarnation: node.incarnation, term: node.term, ..NodeReport::default() }),
+        ..NodeObserved::default()
+    };
+    state.nodes.values().map(|node| (node.id, seen(node))).collect()
+}
+
+fn from<'a>(observed: Seen<'a>) -> Vantage<'a> {
+    Vantage {
+        me: Some(NodeId(1)),
+        coordinator: observed.map(|_| NodeId(1)),
+        term: 3,
+        voters: &[NodeId(1), NodeId(2)],
+        trouble: None,
+        observed,
+    }
+}
+
+#[test]
+fn a_healthy_cluster_has_no_warnings_but_that_two_voters_are_few() {
+    let state = state();
+    let observed = quiet(10, &state);
+    let view = cluster(&state, from(Some(&observed)));
+    assert_eq!((view.name.as_str(), view.answered_by.as_str()), ("prod", "n1"));
+    assert_eq!(view.coordinator.as_deref(), Some("n1"));
+    let quorum = api::Quorum { voters: 2, connected: 2, needed: 2 };
+    assert_eq!(view.quorum, quorum);
+    assert_eq!((view.counts.nodes, view.counts.nodes_up), (2, 2));
+    assert_eq!(view.warnings.len(), 1, "{:?}", view.warnings);
+    assert!(view.warnings[0].starts_with("2 of 2 voters"), "{:?}", view.warnings);
+}
+
+#[test]
+fn everything_that_is_wrong_is_told_in_a_sentence() {
+    let mut state = state();
+    let id = a_vm(&mut state);
+    let vm = state.vms.get_mut(&id).unwrap();
+    vm.disks = DiskStage::Ready;
+    vm.desired = Desired::Running;
+    vm.hold = Some(Hold::NoRoom { why: "n1 is full".into() });
+    let mut observed = quiet(10_000, &state);
+    let report = observed.get_mut(&NodeId(1)).unwrap().report.as_mut().unwrap();
+    report.unreachable.insert("main".into(), "it is not mounted".into());
+    let lost = state.nodes.get_mut(&NodeId(2)).unwrap();
+    lost.membership = Membership::Lost { since_ms: 3 };
+    let view = cluster(&state, from(Some(&observed)));
+    let told = view.warnings.join("\n");
+    for text in
+        ["node n2 is lost", "n1 does not reach volume main: it is not mounted", "web should run but no node has room"]
+    {
+        assert!(told.contains(text), "{told}");
+    }
+    assert_eq!(view.quorum.connected, 1);
+    let told = cluster(&state, from(None)).warnings.join("\n");
+    assert!(told.contains("no coordinator answers"), "{told}");
+}
+
+#[test]
+fn a_volume_says_how_each_node_reaches_it() {
+    let mut state = state();
+    let mut observed = quiet(10, &state);
+    let report = observed.get_mut(&NodeId(2)).unwrap().report.as_mut().unwrap();
+    report.unreachable.insert("main".into(), "it is not mounted".into());
+    let reach = |state: &ClusterState, observed: Seen<'_>| {
+        let view = volume(state, "main", &state.volumes["main"], "/clusterstorage/main".into(), None, observed);
+        view.reach.into_iter().map(|reach| (reach.ok, reach.why)).collect::<Vec<_>>()
+    };
+    let why = Some("it is not mounted".to_owned());
+    assert_eq!(reach(&state, Some(&observed)), [(Some(true), None), (Some(false), why)]);
+    assert_eq!(reach(&state, None), [(None, None), (None, None)]);
+    // What a node said before it was lost says nothing about now.
+    state.nodes.get_mut(&NodeId(2)).unwrap().membership = Membership::Lost { since_ms: 3 };
+    assert_eq!(reach(&state, Some(&observed)), [(Some(true), None), (None, None)]);
+}
+
+#[test]
+fn a_node_shows_what_it_has_and_what_is_promised() {
+    let mut state = state();
+    let id = a_vm(&mut state);
+    let tenure = Tenure { node: NodeId(1), term: NodeTerm(1), epoch: Epoch(1) };
+    state.vms.get_mut(&id).unwrap().placement = Placement::On(tenure);
+    let view = node(&state, &state.nodes[&NodeId(1)], from(None));
+    assert_eq!((view.vms, view.cpus_promised), (1, 1));
+    assert_eq!(view.memory_promised_bytes + view.memory_free_bytes, view.memory_bytes);
+    assert!(view.memory_promised_bytes > 1 << 30);
+    assert_eq!(view.addresses[0].network.as_deref(), Some("network-1"));
+    assert!(view.fencing.contains("self-fencing by lease"));
+    let view = network(&state, "10.0.0.0/24", &state.networks["10.0.0.0/24"]);
+    assert_eq!(view.nodes, ["n1", "n2"]);
+}
+
+#[test]
+fn a_vm_is_told_in_one_word() {
+    use api::VmState;
+    let mut state = state();
+    let id = a_vm(&mut state);
+    let word = |change: &dyn Fn(&mut Vm)| {
+        let mut vm = state.vms[&id].clone();
+        assert_eq!(vm_state(&vm), VmState::Creating);
+        vm.disks = DiskStage::Ready;
+        vm.desired = Desired::Running;
+        vm.last_epoch = Epoch(1);
+        change(&mut vm);
+        vm_state(&vm)
+    };
+    let here = Tenure { node: NodeId(1), term: NodeTerm(1), epoch: Epoch(1) };
+    let on = |vm: &mut Vm, seen| {
+        vm.placement = Placement::On(here);
+        vm.seen = seen;
+    };
+    use holdfast_core::Seen;
+    assert_eq!(word(&|_| {}), VmState::Starting);
+    assert_eq!(word(&|vm| vm.desired = Desired::Stopped), VmState::Off);
+    assert_eq!(word(&|vm| vm.hold = Some(Hold::NotProtected)), VmState::Off);
+    assert_eq!(word(&|vm| vm.hold = Some(Hold::NoRoom { why: String::new() })), VmState::Waiting);
+    assert_eq!(word(&|vm| vm.hold = Some(Hold::Failed { why: String::new() })), VmState::Failed);
+    assert_eq!(word(&|vm| on(vm, Seen::Nothing)), VmState::Starting);
+    assert_eq!(word(&|vm| on(vm, Seen::Running)), VmState::Running);
+    assert_eq!(word(&|vm| on(vm, Seen::Paused)), VmState::Paused);
+    assert_eq!(
+        word(&|vm| {
+            on(vm, Seen::Running);
+            vm.desired = Desired::Stopped;
+        }),
+        VmState::Stopping
+    );
+    assert_eq!(
+        word(&|vm| {
+            on(vm, Seen::Running);
+            vm.restart = Some(Epoch(1));
+        }),
+        VmState::Stopping
+    );
+    let moving = |vm: &mut Vm| {
+        vm.placement =
+            Placement::Moving { from: here, to: here, job: JobId(1), stage: MoveStage::Preparing, cancel: false };
+    };
+    assert_eq!(word(&moving), VmState::Migrating);
+    let deleting = |vm: &mut Vm| {
+        vm.disks = DiskStage::Deleting { node: NodeId(1), job: JobId(1) };
+    };
+    assert_eq!(word(&deleting), VmState::Deleting);
+}
+
+#[test]
+fn a_job_tells_how_it_ended() {
+    let mut state = state();
+    a_vm(&mut state);
+    let mut one = state.jobs[&JobId(1)].clone();
+    assert_eq!(job(&state, &one).state, api::JobState::Running);
+    one.work = Work::Migrate { from: NodeId(1), to: NodeId(9) };
+    one.end = Some(JobEnd { at_ms: 9, outcome: Outcome::Failed { why: "the link broke".into() } });
+    let view = job(&state, &one);
+    assert_eq!(view.state, api::JobState::Failed);
+    assert_eq!(view.outcome.unwrap().why.as_deref(), Some("the link broke"));
+    // A node that is gone is told by its number.
+    assert_eq!((view.from.as_deref(), view.to.as_deref()), (Some("n1"), Some("node 9")));
+}
+
+#[test]
+fn metrics_count_what_there_is() {
+    let mut state = state();
+    a_vm(&mut state);
+    let observed = quiet(10, &state);
+    let text = crate::http::metrics::text(&state, from(Some(&observed))).unwrap();
+    for line in [
+        "holdfast_nodes{state=\"up\"} 2",
+        "holdfast_vms{state=\"creating\"} 1",
+        "holdfast_vm_up{vm=\"web\"} 0",
+        "holdfast_jobs{work=\"create\",state=\"running\"} 1",
+        "holdfast_node_silent_milliseconds{node=\"n2\"} 10",
+        "holdfast_voters_connected 2",
+        "holdfast_is_coordinator 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in:\n{text}");
+    }
+}
