@@ -1,0 +1,660 @@
+//! What can be written on the command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use holdfast_api as api;
+
+/// Failover clusters of virtual machines for Linux.
+#[derive(Debug, Parser)]
+#[command(name = "holdfast", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    /// Which agent is asked.
+    #[command(flatten)]
+    pub connection: Connection,
+    /// Print JSON instead of text.
+    #[arg(long = "json", id = "json_before", hide = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Which agent is asked.
+#[derive(Clone, Debug, Args)]
+pub struct Connection {
+    /// The socket of this host's agent.
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "HOLDFAST_SOCKET",
+        default_value = "/run/holdfast/agent.sock",
+        help_heading = "Connection"
+    )]
+    pub socket: PathBuf,
+    /// Ask this node instead: https://ADDRESS[:PORT]. Needs --token and --ca.
+    #[arg(long, global = true, value_name = "URL", env = "HOLDFAST_SERVER", help_heading = "Connection")]
+    pub server: Option<String>,
+    /// The API token for --server (made with `holdfast token create`).
+    #[arg(
+        long,
+        global = true,
+        env = "HOLDFAST_TOKEN",
+        hide_env_values = true,
+        help_heading = "Connection",
+        value_name = "TOKEN"
+    )]
+    pub token: Option<String>,
+    /// The certificate of the cluster's authority, PEM (`holdfast cluster ca`).
+    #[arg(long, global = true, value_name = "FILE", env = "HOLDFAST_CA", help_heading = "Connection")]
+    pub ca: Option<PathBuf>,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Format {
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// A command with commands of its own.
+#[derive(Debug, Args)]
+pub struct Group<C: Subcommand> {
+    /// How results are printed.
+    #[command(flatten)]
+    pub format: Format,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: C,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Found a cluster, see how it stands, choose its failover profile.
+    Cluster(Group<ClusterCommand>),
+    /// The cluster's nodes: hosts that run VMs.
+    Node(Group<NodeCommand>),
+    /// Networks that the nodes share.
+    Network(Group<NetworkCommand>),
+    /// Virtual switches, which NICs are plugged into.
+    Switch(Group<SwitchCommand>),
+    /// Cluster shared volumes, which hold disks.
+    Volume(Group<VolumeCommand>),
+    /// Virtual machines.
+    Vm(Group<VmCommand>),
+    /// Long work: its progress, and stopping it.
+    Job(Group<JobCommand>),
+    /// What happened.
+    Events(EventsArgs),
+    /// Why something is as it is.
+    Explain(Group<ExplainCommand>),
+    /// Tokens for the API from afar.
+    Token(Group<TokenCommand>),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Write man pages for every command into a directory.
+    Man {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Run the keeper: the parent of the agent and of every VM on this host.
+    Keeper {
+        /// The configuration.
+        #[arg(long, value_name = "FILE", env = "HOLDFAST_CONFIG")]
+        config: Option<PathBuf>,
+    },
+    /// Run the agent; the keeper starts it.
+    Agent {
+        /// The configuration.
+        #[arg(long, value_name = "FILE", env = "HOLDFAST_CONFIG")]
+        config: Option<PathBuf>,
+    },
+    /// Show a cluster of three nodes on this machine: migration and failover.
+    Demo(DemoArgs),
+    /// Print the OpenAPI document.
+    #[command(hide = true)]
+    Openapi,
+    /// Run as the first process of a host in the lab.
+    #[command(hide = true)]
+    LabInit {
+        /// What the lab passes on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+}
+
+/// `holdfast demo`.
+#[derive(Clone, Debug, Args)]
+pub struct DemoArgs {
+    /// Also write the figures into this file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Leave the cluster up and say how to use it.
+    #[arg(long)]
+    pub keep: bool,
+}
+
+/// `holdfast cluster`.
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Found a cluster with this host as its first node.
+    Init {
+        /// The cluster's name.
+        #[arg(long)]
+        name: String,
+    },
+    /// How the cluster stands.
+    Status,
+    /// Choose how fast a lost node is noticed.
+    Profile {
+        /// `default` for any network, `fast` for quiet dedicated ones, `wan` between sites.
+        profile: ProfileArg,
+    },
+    /// Print the certificate of the cluster's authority, for --ca elsewhere.
+    Ca,
+}
+
+/// A failover profile.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ProfileArg {
+    /// For any local network: a lost node is noticed in about 1.7 s.
+    Default,
+    /// For quiet, dedicated networks: 0.7 s.
+    Fast,
+    /// Between sites: 11 s.
+    Wan,
+}
+
+/// `holdfast node`.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List the nodes.
+    List,
+    /// Show a node.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Remove a node. No VM may be on it, unless it is lost.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+    /// Make this host join a cluster.
+    Join {
+        /// Where a member answers: ADDRESS or ADDRESS:PORT.
+        address: String,
+        /// The join token (`holdfast node token` on a member).
+        #[arg(long, value_name = "TOKEN")]
+        token: String,
+    },
+    /// Make a token with which one host may join, once.
+    Token {
+        /// For how many minutes it is good.
+        #[arg(long, value_name = "MINUTES", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=43200))]
+        valid: u64,
+    },
+}
+
+/// `holdfast network`.
+#[derive(Debug, Subcommand)]
+pub enum NetworkCommand {
+    /// List the networks that the nodes share.
+    List,
+    /// Rename a network or change its use.
+    Set {
+        /// Its name or subnet.
+        network: String,
+        /// Its new name.
+        #[arg(long)]
+        name: Option<String>,
+        /// Whether it carries heartbeats and the traffic between agents.
+        #[arg(long, value_name = "yes|no", value_parser = clap::builder::BoolishValueParser::new())]
+        cluster: Option<bool>,
+        /// Whether it carries live migrations.
+        #[arg(long, value_name = "yes|no", value_parser = clap::builder::BoolishValueParser::new())]
+        migration: Option<bool>,
+        /// Preference for bulk traffic: lowest first.
+        #[arg(long)]
+        metric: Option<u32>,
+    },
+}
+
+/// `holdfast switch`.
+#[derive(Debug, Subcommand)]
+pub enum SwitchCommand {
+    /// Add a virtual switch.
+    Add {
+        /// Its name.
+        name: String,
+        /// What it reaches: external with an uplink, otherwise the node's VMs and the node.
+        #[arg(
+            long,
+            value_enum,
+            required_unless_present = "uplink",
+            default_value_if("uplink", clap::builder::ArgPredicate::IsPresent, "external")
+        )]
+        kind: Option<SwitchKindArg>,
+        /// For an external one: the interface, or an existing bridge, on every node.
+        #[arg(long, value_name = "INTERFACE")]
+        uplink: Option<String>,
+    },
+    /// List the virtual switches.
+    List,
+    /// Remove a virtual switch that no VM uses.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// What a switch reaches.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum SwitchKindArg {
+    /// A physical network.
+    External,
+    /// The node and its VMs.
+    Internal,
+    /// The node's VMs only.
+    Private,
+}
+
+/// `holdfast volume`.
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Add a volume that every node reaches.
+    Add {
+        /// Its name.
+        name: String,
+        /// A directory that every node sees under this path.
+        #[arg(long, value_name = "PATH")]
+        directory: String,
+    },
+    /// List the volumes.
+    List,
+    /// Show a volume.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Remove a volume that no VM uses. What is on it stays.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// `holdfast vm`.
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Create a VM.
+    Create(Box<CreateArgs>),
+    /// List the VMs.
+    List,
+    /// Show a VM.
+    Show {
+        /// Its name.
+        name: String,
+        /// Print its definition, which `vm create -f` takes.
+        #[arg(short, long, value_enum)]
+        output: Option<DefinitionFormat>,
+    },
+    /// Start a VM.
+    Start(JobArgs),
+    /// Shut a VM down.
+    Stop {
+        /// Which, and whether to wait.
+        #[command(flatten)]
+        vm: JobArgs,
+        /// Switch it off at once, whatever the guest is doing.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Shut a VM down and start it again.
+    Restart(JobArgs),
+    /// Make a VM's processors stand still; its memory is kept.
+    Pause(JobArgs),
+    /// Let a paused VM go on.
+    Resume(JobArgs),
+    /// Delete a VM that is off, and its disks.
+    Delete(JobArgs),
+    /// Connect to a VM's serial console; Ctrl-] leaves it.
+    Console {
+        /// Its name.
+        name: String,
+    },
+    /// Move a VM to another node while it runs.
+    Migrate {
+        /// Which, and whether to wait.
+        #[command(flatten)]
+        vm: JobArgs,
+        /// Where to; the node with the most room when absent.
+        #[arg(long, value_name = "NODE")]
+        to: Option<String>,
+    },
+}
+
+/// A VM and whether its job is waited for.
+#[derive(Clone, Debug, Args)]
+pub struct JobArgs {
+    /// Its name.
+    pub name: String,
+    /// Waiting.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+/// Whether a job is waited for.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct WaitArgs {
+    /// Print the job's number and do not wait for it.
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// How a definition is printed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DefinitionFormat {
+    /// As YAML.
+    Yaml,
+    /// As JSON.
+    Json,
+}
+
+/// `holdfast vm create`.
+#[derive(Clone, Debug, Args)]
+pub struct CreateArgs {
+    /// Its name.
+    #[arg(required_unless_present = "file")]
+    pub name: Option<String>,
+    /// Take the definition from this file, YAML or JSON; - is the standard input.
+    /// A name on the command line replaces the file's.
+    #[arg(
+        short,
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["cpus", "memory", "disk", "image", "nic", "kernel", "initrd", "append", "priority", "machine", "cpu_model"]
+    )]
+    pub file: Option<PathBuf>,
+    /// Virtual processors.
+    #[arg(long, default_value_t = 1)]
+    pub cpus: u32,
+    /// RAM, like 512M or 4G.
+    #[arg(long, default_value = "1G", value_name = "SIZE")]
+    pub memory: api::Size,
+    /// A disk: VOLUME[:SIZE][,format=raw|qcow2]; the boot disk first. Without SIZE
+    /// it is as large as its image.
+    #[arg(long, value_name = "VOLUME:SIZE", value_parser = disk)]
+    pub disk: Vec<api::DiskDefinition>,
+    /// Fill the first disk from this image: a file of the node that is asked, or
+    /// VOLUME:PATH.
+    #[arg(long, value_name = "FILE", requires = "disk")]
+    pub image: Option<String>,
+    /// A network adapter: SWITCH[,mac=52:54:00:12:34:56][,vlan=10].
+    #[arg(long, value_name = "SWITCH", value_parser = nic)]
+    pub nic: Vec<api::NicDefinition>,
+    /// Boot this kernel directly: a file of the node that is asked, or VOLUME:PATH.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<String>,
+    /// The initial ramdisk for --kernel.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<String>,
+    /// The command line for --kernel.
+    #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Order and preference after a failure; none: never restarted elsewhere.
+    #[arg(long, value_enum, default_value = "medium")]
+    pub priority: PriorityArg,
+    /// QEMU's machine type, versioned; the newest that all nodes offer when absent.
+    #[arg(long, value_name = "TYPE")]
+    pub machine: Option<String>,
+    /// QEMU's CPU model.
+    #[arg(long, value_name = "MODEL")]
+    pub cpu_model: Option<String>,
+    /// Start it when its disks are there.
+    #[arg(long)]
+    pub start: bool,
+    /// Waiting.
+    #[command(flatten)]
+    pub wait: WaitArgs,
+}
+
+/// Order and preference after a failure.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PriorityArg {
+    /// Placed first.
+    High,
+    /// The default.
+    Medium,
+    /// Placed last.
+    Low,
+    /// Never restarted elsewhere.
+    None,
+}
+
+/// `holdfast job`.
+#[derive(Debug, Subcommand)]
+pub enum JobCommand {
+    /// List the jobs that go on and the last ones that ended.
+    List,
+    /// Show a job.
+    Show {
+        /// Its number.
+        id: u64,
+        /// Wait until it ends.
+        #[arg(long)]
+        follow: bool,
+    },
+    /// Ask a migration or a shut-down to stop.
+    Cancel {
+        /// Its number.
+        id: u64,
+        /// Wait until it ends.
+        #[arg(long)]
+        follow: bool,
+    },
+}
+
+/// `holdfast events`.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct EventsArgs {
+    /// How results are printed.
+    #[command(flatten)]
+    pub format: Format,
+    /// Go on printing what happens.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only events with a greater index.
+    #[arg(long, value_name = "INDEX", default_value_t = 0)]
+    pub since: u64,
+}
+
+/// `holdfast explain`.
+#[derive(Debug, Subcommand)]
+pub enum ExplainCommand {
+    /// Why a VM is where it is and in which state.
+    Vm {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// `holdfast token`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token and print it, this once.
+    Create {
+        /// Its name, by which it is revoked.
+        name: String,
+    },
+    /// List the tokens.
+    List,
+    /// Revoke a token.
+    Revoke {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// Reads `VOLUME[:SIZE][,format=raw|qcow2]`.
+fn disk(text: &str) -> Result<api::DiskDefinition, String> {
+    let mut parts = text.split(',');
+    let first = parts.next().unwrap_or_default();
+    let (volume, size) = match first.split_once(':') {
+        Some((volume, size)) => {
+            let size = size.parse().map_err(|error: api::BadSize| error.to_string())?;
+            (volume, Some(size))
+        }
+        None => (first, None),
+    };
+    if volume.is_empty() {
+        return Err("name the volume: VOLUME:SIZE".into());
+    }
+    let mut format = api::DiskFormat::Qcow2;
+    for part in parts {
+        format = match part {
+            "format=raw" => api::DiskFormat::Raw,
+            "format=qcow2" => api::DiskFormat::Qcow2,
+            _ => return Err(format!("{part:?} is no setting of a disk: write format=raw or format=qcow2")),
+        };
+    }
+    Ok(api::DiskDefinition { volume: volume.into(), size, format, image: None })
+}
+
+/// Reads `SWITCH[,mac=…][,vlan=…]`.
+fn nic(text: &str) -> Result<api::NicDefinition, String> {
+    let mut parts = text.split(',');
+    let switch = parts.next().filter(|switch| !switch.is_empty()).ok_or("name the switch")?.to_owned();
+    let mut nic = api::NicDefinition { switch, mac: None, vlan: None };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("mac", mac)) => nic.mac = Some(mac.into()),
+            Some(("vlan", vlan)) => {
+                let id = vlan.parse().ok().filter(|id| (1..=4094).contains(id));
+                nic.vlan = Some(id.ok_or_else(|| format!("{vlan:?} is no VLAN: write 1 to 4094"))?);
+            }
+            _ => return Err(format!("{part:?} is no setting of a NIC: write mac=… or vlan=…")),
+        }
+    }
+    Ok(nic)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    fn parsed(line: &str) -> Result<Cli, String> {
+        let words = std::iter::once("holdfast").chain(line.split_whitespace());
+        Cli::try_parse_from(words).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_documented_command_is_understood() {
+        for line in [
+            "cluster init --name prod",
+            "cluster status --json",
+            "cluster profile fast",
+            "cluster ca",
+            "--json node list",
+            "node show n1",
+            "node remove n1",
+            "node join 10.0.0.1:7400 --token abc",
+            "node token --valid 5 --json",
+            "network list",
+            "network set network-1 --name heartbeat --migration no --metric 10",
+            "switch add lan --uplink eth1",
+            "switch add private --kind private",
+            "switch list",
+            "switch remove lan",
+            "volume add main --directory /srv/main",
+            "volume show main --json",
+            "vm create web --cpus 2 --memory 2G --disk main:20G,format=raw --image /tmp/i.qcow2 --nic lan,vlan=7 --priority high --start",
+            "vm create web --kernel /k --initrd /i --append console=ttyS0 --disk main:1G",
+            "vm create -f vm.yaml --no-wait",
+            "vm show web -o yaml",
+            "vm stop web --force --no-wait",
+            "vm migrate web --to n2",
+            "vm console web",
+            "job list",
+            "job cancel 7 --follow",
+            "events --follow --json",
+            "explain vm web",
+            "token create ci --server https://n1 --token secret --ca ca.pem",
+            "completions bash",
+            "man /tmp/man",
+            "keeper --config /etc/holdfast/config.toml",
+            "agent",
+            "demo --json out.json --keep",
+            "lab-init --flag value",
+            "openapi",
+        ] {
+            if let Err(error) = parsed(line) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for line in [
+            "",
+            "vm create",
+            "vm create web --disk :20G",
+            "vm create web --disk main:20X",
+            "vm create web --disk main:20G,format=vmdk",
+            "vm create web --nic lan,vlan=5000",
+            "vm create web --initrd /i",
+            "vm create web --image /i",
+            "vm create web -f x --cpus 2",
+            "switch add lan",
+            "cluster profile slow",
+            "job show seven",
+            "node token --valid 0",
+        ] {
+            assert!(parsed(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_join_token_is_not_mistaken_for_an_api_token() {
+        let cli = parsed("--token api node join 10.0.0.1 --token join").unwrap();
+        let Command::Node(Group { command: NodeCommand::Join { token, .. }, .. }) = cli.command else { panic!() };
+        assert_eq!(token, "join");
+        assert!(parsed("--token api node join 10.0.0.1").is_err());
+    }
+
+    #[test]
+    fn json_is_meant_wherever_it_is_written() {
+        for line in ["--json vm list", "vm --json list", "vm list --json"] {
+            let cli = parsed(line).unwrap();
+            let Command::Vm(group) = cli.command else { panic!("{line}") };
+            assert!(cli.json || group.format.json, "{line}");
+        }
+    }
+
+    #[test]
+    fn disks_are_read_as_written() {
+        let plain = disk("main").unwrap();
+        assert_eq!((plain.size, plain.format), (None, api::DiskFormat::Qcow2));
+        let raw = disk("main:20G,format=raw").unwrap();
+        assert_eq!(
+            (raw.volume.as_str(), raw.size, raw.format),
+            ("main", Some(api::Size(20 << 30)), api::DiskFormat::Raw)
+        );
+    }
+}

@@ -1,0 +1,329 @@
+//! The cluster and what it consists of: nodes, networks, switches, volumes,
+//! tokens.
+
+use holdfast_api as api;
+use hyper::Method;
+
+use super::args::*;
+use super::client::Client;
+use super::vm::segment;
+use super::{Done, output};
+
+/// `holdfast cluster`.
+pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Done {
+    match command {
+        ClusterCommand::Init { name } => {
+            let founded: api::Founded = client.post("/api/v1/cluster", &api::FoundCluster { name }).await?;
+            if json {
+                return output::json(&founded);
+            }
+            output::line(&format!(
+                "Cluster {} is founded, with {} as its first node.",
+                founded.cluster.name, founded.cluster.answered_by
+            ))?;
+            output::line("Let the next host join within an hour, with this line on it:\n")?;
+            output::line(&join_line(&founded.join))
+        }
+        ClusterCommand::Status => status(&client.get("/api/v1/cluster").await?, json),
+        ClusterCommand::Profile { profile } => {
+            let profile = match profile {
+                ProfileArg::Default => api::ProfileName::Default,
+                ProfileArg::Fast => api::ProfileName::Fast,
+                ProfileArg::Wan => api::ProfileName::Wan,
+            };
+            let request = api::SetProfile { profile };
+            status(&client.send_json(Method::PUT, "/api/v1/cluster/profile", &request).await?, json)
+        }
+        ClusterCommand::Ca => {
+            let cluster: api::ClusterView = client.get("/api/v1/cluster").await?;
+            match json {
+                true => output::json(&cluster.ca_certificate),
+                false => output::line(cluster.ca_certificate.trim_end()),
+            }
+        }
+    }
+}
+
+fn status(cluster: &api::ClusterView, json: bool) -> Done {
+    if json {
+        return output::json(cluster);
+    }
+    let (counts, quorum) = (&cluster.counts, &cluster.quorum);
+    output::facts(&[
+        ("cluster", format!("{} ({})", cluster.name, cluster.id)),
+        ("profile", format!("{} (lease {} ms)", output::word(&cluster.profile), cluster.lease_ms)),
+        ("coordinator", cluster.coordinator.clone().unwrap_or_else(|| "none".into())),
+        ("quorum", format!("{} of {} voters connected, {} needed", quorum.connected, quorum.voters, quorum.needed)),
+        ("nodes", format!("{} of {} up", counts.nodes_up, counts.nodes)),
+        ("vms", format!("{} of {} running", counts.vms_running, counts.vms)),
+        ("volumes", counts.volumes.to_string()),
+        ("jobs", counts.jobs.to_string()),
+        ("answered by", cluster.answered_by.clone()),
+    ])?;
+    for warning in &cluster.warnings {
+        output::line(&format!("warning: {warning}"))?;
+    }
+    Ok(())
+}
+
+fn join_line(line: &api::JoinLine) -> String {
+    format!("holdfast node join {} --token {}", line.address, line.token)
+}
+
+/// `holdfast node`.
+pub async fn node(client: &Client, command: NodeCommand, json: bool) -> Done {
+    match command {
+        NodeCommand::List => {
+            let nodes: Vec<api::NodeView> = client.get("/api/v1/nodes").await?;
+            if json {
+                return output::json(&nodes);
+            }
+            let row = |node: &api::NodeView| {
+                [
+                    node.name.clone(),
+                    output::word(&node.state),
+                    if node.coordinator {
+                        "coordinator"
+                    } else if node.voter {
+                        "voter"
+                    } else {
+                        "-"
+                    }
+                    .into(),
+                    node.vms.to_string(),
+                    format!("{} free of {}", output::size(node.memory_free_bytes), output::size(node.memory_bytes)),
+                    node.cpus.to_string(),
+                    node.accelerator.clone(),
+                    output::or_dash(node.qemu.as_ref()),
+                    node.version.clone(),
+                ]
+            };
+            let heads = ["name", "state", "role", "vms", "memory", "cpus", "accel", "qemu", "version"];
+            output::table(heads, nodes.iter().map(row))
+        }
+        NodeCommand::Show { name } => {
+            let node: api::NodeView = client.get(&format!("/api/v1/nodes/{}", segment(&name))).await?;
+            match json {
+                true => output::json(&node),
+                false => show_node(&node),
+            }
+        }
+        NodeCommand::Remove { name } => {
+            let () = client.delete(&format!("/api/v1/nodes/{}", segment(&name))).await?;
+            done(json, format!("Node {name} is removed."))
+        }
+        NodeCommand::Join { address, token } => {
+            let request = api::JoinCluster { address, token };
+            let node: api::NodeView = client.post("/api/v1/join-cluster", &request).await?;
+            match json {
+                true => output::json(&node),
+                false => {
+                    output::line(&format!("This host is node {} (number {}) of the cluster now.", node.name, node.id))
+                }
+            }
+        }
+        NodeCommand::Token { valid } => {
+            let request = api::MakeJoinToken { valid_ms: Some(valid * 60_000) };
+            let line: api::JoinLine = client.post("/api/v1/join-tokens", &request).await?;
+            match json {
+                true => output::json(&line),
+                false => output::line(&join_line(&line)),
+            }
+        }
+    }
+}
+
+/// What is said when there is nothing else to say.
+fn done(json: bool, text: String) -> Done {
+    match json {
+        true => output::json(&serde_json::json!({})),
+        false => output::line(&text),
+    }
+}
+
+fn show_node(node: &api::NodeView) -> Done {
+    let address = |address: &api::Address| {
+        let network = output::or_dash(address.network.as_ref());
+        format!("{}/{} on {} ({network})", address.ip, address.prefix, address.interface)
+    };
+    let accelerator = match node.accelerator.as_str() {
+        "tcg" => "tcg: in software, many times slower than KVM, which does not work on this host".into(),
+        other => other.to_owned(),
+    };
+    let mut facts = vec![
+        ("name", node.name.clone()),
+        ("number", node.id.to_string()),
+        ("state", output::word(&node.state)),
+        ("term", node.term.to_string()),
+        ("coordinator", output::yes(node.coordinator)),
+        ("voter", output::yes(node.voter)),
+        ("accelerator", accelerator),
+        ("qemu", node.qemu.clone().unwrap_or_else(|| "missing, or older than 7.2".into())),
+        ("newest machine", output::or_dash(node.newest_machine.as_ref())),
+        ("cpus", format!("{}, {} virtual ones promised", node.cpus, node.cpus_promised)),
+        (
+            "memory",
+            format!(
+                "{}, {} promised, {} free",
+                output::size(node.memory_bytes),
+                output::size(node.memory_promised_bytes),
+                output::size(node.memory_free_bytes)
+            ),
+        ),
+        ("vms", node.vms.to_string()),
+        ("addresses", node.addresses.iter().map(address).collect::<Vec<_>>().join("\n")),
+        ("port", node.port.to_string()),
+        ("fencing", node.fencing.clone()),
+        ("version", node.version.clone()),
+        ("joined", output::moment(node.joined_ms)),
+    ];
+    if let Some(silent_ms) = node.silent_ms {
+        facts.push(("last answered", format!("{silent_ms} ms ago")));
+    }
+    if let Some(since) = node.lost_since_ms {
+        facts.push(("lost since", output::moment(since)));
+    }
+    output::facts(&facts)
+}
+
+/// `holdfast network`.
+pub async fn network(client: &Client, command: NetworkCommand, json: bool) -> Done {
+    let networks: Vec<api::NetworkView> = match command {
+        NetworkCommand::List => client.get("/api/v1/networks").await?,
+        NetworkCommand::Set { network, name, cluster, migration, metric } => {
+            let path = format!("/api/v1/networks/{}", segment(&network.replace('/', "-")));
+            let request = api::SetNetwork { name, cluster, migration, metric };
+            let changed: api::NetworkView = client.send_json(Method::PATCH, &path, &request).await?;
+            if json {
+                return output::json(&changed);
+            }
+            vec![changed]
+        }
+    };
+    if json {
+        return output::json(&networks);
+    }
+    let row = |network: &api::NetworkView| {
+        [
+            network.name.clone(),
+            network.subnet.clone(),
+            output::yes(network.cluster),
+            output::yes(network.migration),
+            network.metric.to_string(),
+            network.nodes.join(", "),
+        ]
+    };
+    output::table(["name", "subnet", "cluster", "migration", "metric", "nodes"], networks.iter().map(row))
+}
+
+/// `holdfast switch`.
+pub async fn switch(client: &Client, command: SwitchCommand, json: bool) -> Done {
+    let switches: Vec<api::SwitchView> = match command {
+        SwitchCommand::List => client.get("/api/v1/switches").await?,
+        SwitchCommand::Add { name, kind, uplink } => {
+            let kind = match kind {
+                Some(SwitchKindArg::Internal) => api::SwitchKind::Internal,
+                Some(SwitchKindArg::Private) => api::SwitchKind::Private,
+                Some(SwitchKindArg::External) | None => api::SwitchKind::External,
+            };
+            let added: api::SwitchView =
+                client.post("/api/v1/switches", &api::AddSwitch { name, kind, uplink }).await?;
+            if json {
+                return output::json(&added);
+            }
+            vec![added]
+        }
+        SwitchCommand::Remove { name } => {
+            let () = client.delete(&format!("/api/v1/switches/{}", segment(&name))).await?;
+            return done(json, format!("Switch {name} is removed."));
+        }
+    };
+    if json {
+        return output::json(&switches);
+    }
+    let row = |switch: &api::SwitchView| {
+        let uplink = output::or_dash(switch.uplink.as_ref());
+        [switch.name.clone(), output::word(&switch.kind), uplink, switch.vms.join(", ")]
+    };
+    output::table(["name", "kind", "uplink", "vms"], switches.iter().map(row))
+}
+
+/// `holdfast volume`.
+pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done {
+    let volume: api::VolumeView = match command {
+        VolumeCommand::List => {
+            let volumes: Vec<api::VolumeView> = client.get("/api/v1/volumes").await?;
+            if json {
+                return output::json(&volumes);
+            }
+            let row = |volume: &api::VolumeView| {
+                let away = volume.reach.iter().filter(|reach| reach.ok == Some(false)).map(|reach| reach.node.as_str());
+                let away = away.collect::<Vec<_>>().join(", ");
+                [
+                    volume.name.clone(),
+                    output::word(&volume.kind),
+                    volume.path.clone(),
+                    output::or_dash(volume.size_bytes.map(output::size)),
+                    output::or_dash(volume.free_bytes.map(output::size)),
+                    if away.is_empty() { "-".into() } else { away },
+                ]
+            };
+            let heads = ["name", "kind", "path", "size", "free", "unreachable from"];
+            return output::table(heads, volumes.iter().map(row));
+        }
+        VolumeCommand::Remove { name } => {
+            let () = client.delete(&format!("/api/v1/volumes/{}", segment(&name))).await?;
+            return done(json, format!("Volume {name} is removed; its files stay."));
+        }
+        VolumeCommand::Add { name, directory } => {
+            client.post("/api/v1/volumes", &api::AddVolume { name, directory }).await?
+        }
+        VolumeCommand::Show { name } => client.get(&format!("/api/v1/volumes/{}", segment(&name))).await?,
+    };
+    if json {
+        return output::json(&volume);
+    }
+    let reach = |reach: &api::Reach| match (reach.ok, &reach.why) {
+        (Some(true), _) => format!("{}: reaches it", reach.node),
+        (Some(false), why) => format!("{}: does not: {}", reach.node, why.as_deref().unwrap_or("it did not say why")),
+        (None, _) => format!("{}: has not said yet", reach.node),
+    };
+    output::facts(&[
+        ("name", volume.name.clone()),
+        ("id", volume.id.clone()),
+        ("kind", output::word(&volume.kind)),
+        ("path", volume.path.clone()),
+        ("mounted at", volume.mounted_at.clone()),
+        ("size", output::or_dash(volume.size_bytes.map(output::size))),
+        ("free", output::or_dash(volume.free_bytes.map(output::size))),
+        ("nodes", volume.reach.iter().map(reach).collect::<Vec<_>>().join("\n")),
+        ("vms", volume.vms.join(", ")),
+        ("added", output::moment(volume.added_ms)),
+    ])
+}
+
+/// `holdfast token`.
+pub async fn token(client: &Client, command: TokenCommand, json: bool) -> Done {
+    match command {
+        TokenCommand::Create { name } => {
+            let made: api::MadeToken = client.post("/api/v1/tokens", &api::AddToken { name }).await?;
+            if json {
+                return output::json(&made);
+            }
+            eprintln!("This is shown only once. Use it with --server, --token and --ca (see `holdfast cluster ca`).");
+            output::line(&made.token)
+        }
+        TokenCommand::List => {
+            let tokens: Vec<api::TokenView> = client.get("/api/v1/tokens").await?;
+            if json {
+                return output::json(&tokens);
+            }
+            let row = |token: &api::TokenView| [token.name.clone(), output::moment(token.created_ms)];
+            output::table(["name", "created"], tokens.iter().map(row))
+        }
+        TokenCommand::Revoke { name } => {
+            let () = client.delete(&format!("/api/v1/tokens/{}", segment(&name))).await?;
+            done(json, format!("Token {name} is revoked."))
+        }
+    }
+}
