@@ -27,6 +27,9 @@ pub struct NodeObserved {
     pub heard: Option<Incarnation>,
     /// The last report of its agent.
     pub report: Option<NodeReport>,
+    /// Networks that the coordinator shares with it and does not hear it on.
+    #[serde(default)]
+    pub unheard_on: Vec<String>,
 }
 
 /// What a node's agent says, whole each time.

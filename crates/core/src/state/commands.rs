@@ -280,7 +280,7 @@ impl ClusterState {
             disks: DiskStage::Making { node, job, sources },
             hold: None,
             crashes: Vec::new(),
-            causes: Vec::new(),
+            causes: vec![Because { at_ms, what: "was created".into(), cause: Cause::Requested { by: by.into() } }],
             created_ms: at_ms,
         };
         self.vms.insert(id, vm);

@@ -20,12 +20,18 @@ impl ClusterState {
                 let Some(vm) = self.vms.get_mut(vm) else {
                     return;
                 };
-                vm.placement = Placement::Nowhere;
+                let moving = match std::mem::take(&mut vm.placement) {
+                    Placement::Moving { job, .. } => Some(job),
+                    _ => None,
+                };
                 vm.seen = Seen::Nothing;
                 vm.restart = None;
                 vm.remember(at_ms, "runs nowhere", cause.clone());
                 let (subject, text) = (format!("vm {}", vm.name), format!("is off: {cause}"));
                 self.event(at_ms, Severity::Info, subject, text);
+                if let Some(job) = moving {
+                    self.end_job(at_ms, job, Outcome::Failed { why: format!("the VM is off: {cause}") });
+                }
             }
             Action::Hold { vm, hold } => {
                 let Some(vm) = self.vms.get_mut(vm) else {

@@ -50,7 +50,7 @@ impl ClusterState {
             }
             Work::Stop => (vm.placement == Placement::Nowhere).then_some(Outcome::Done),
             Work::Restart { epoch } => {
-                if vm.last_epoch > epoch {
+                if vm.last_epoch > epoch || vm.placement == Placement::Nowhere {
                     vm.started()
                 } else {
                     None
@@ -67,6 +67,9 @@ impl Vm {
     fn started(&self) -> Option<Outcome> {
         match (&self.hold, &self.seen) {
             (Some(Hold::Failed { why } | Hold::NoRoom { why }), _) => Some(Outcome::Failed { why: why.clone() }),
+            (Some(Hold::NotProtected), _) => Some(Outcome::Failed {
+                why: "its node was lost, and a VM of priority none is not restarted elsewhere".into(),
+            }),
             (_, Seen::Running) if self.desired == Desired::Running => Some(Outcome::Done),
             (_, Seen::Paused) if self.desired == Desired::Paused => Some(Outcome::Done),
             _ if !self.desired.wants_qemu() => Some(Outcome::Failed { why: "it was switched off meanwhile".into() }),

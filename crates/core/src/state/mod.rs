@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::*;
 
-pub use commands::valid_name;
 pub use command::{Command, NewNode, Proposal, Refusal, Reply};
+pub use commands::valid_name;
 
 /// How many events are kept.
 const EVENTS_KEPT: usize = 1000;

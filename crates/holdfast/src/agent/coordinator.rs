@@ -21,6 +21,8 @@ const EVERY: Duration = Duration::from_millis(500);
 const HEARD_WITHIN_HEARTBEATS: u64 = 5;
 /// How often a failed change of the members is tried again.
 const MEMBERS_AGAIN: Duration = Duration::from_secs(1);
+/// A network on which a node was not heard for so long does not carry its heartbeats.
+const UNHEARD_MS: u64 = 2000;
 /// As many voters as one agreement should wait for, at most.
 const VOTERS: usize = 5;
 
@@ -40,6 +42,7 @@ pub fn observe(member: &Member) -> Observed {
             silent_ms: slot.lease.map_or(0, |lease| now.ms_since(lease.answered)),
             heard: slot.heard_within(timing.heartbeat_ms * HEARD_WITHIN_HEARTBEATS, now).filter(|_| current),
             report: reports.remove(&slot.node),
+            unheard_on: unheard_on(&state, member, slot.node, now),
         };
         observed.nodes.insert(slot.node, seen);
     }
@@ -47,6 +50,25 @@ pub fn observe(member: &Member) -> Observed {
         observed.nodes.entry(node).or_default().report = Some(report);
     }
     observed
+}
+
+/// The networks that this node shares with another and has not heard it on lately.
+fn unheard_on(state: &ClusterState, member: &Member, node: NodeId, now: BootTime) -> Vec<String> {
+    if node == member.me {
+        return Vec::new();
+    }
+    let links = member.leases.link_view();
+    let heard = |ip: std::net::IpAddr| {
+        links.iter().any(|link| link.node == node && link.local.ip() == ip && now.ms_since(link.heard) < UNHEARD_MS)
+    };
+    let bound = member.leases.addresses();
+    let subnets = |node: NodeId| state.nodes.get(&node).map(|node| node.facts.addresses.as_slice()).unwrap_or_default();
+    let theirs: Vec<_> = subnets(node).iter().map(subnet).collect();
+    let mine = subnets(member.me).iter().filter(|address| bound.iter().any(|socket| socket.ip() == address.ip));
+    mine.filter(|address| theirs.contains(&subnet(address)) && !heard(address.ip))
+        .filter_map(|address| state.networks.get(&subnet(address)).filter(|network| network.roles.cluster))
+        .map(|network| network.name.clone())
+        .collect()
 }
 
 fn lend_authority(member: &Member) {
@@ -186,7 +208,10 @@ impl Agent {
         let mut settled = None;
         loop {
             let wanted = voters_and_learners(&state.borrow_and_update());
-            if !wanted.0.is_empty() && settled.as_ref() != Some(&wanted) {
+            if !wanted.0.is_empty() && !wanted.0.contains_key(&member.me) {
+                // This node was removed, or does not vote any more: another decides.
+                self.hand_over(member, &wanted.0).await;
+            } else if !wanted.0.is_empty() && settled.as_ref() != Some(&wanted) {
                 match member.consensus.set_members(wanted.0.clone(), wanted.1.clone()).await {
                     Ok(()) => settled = Some(wanted),
                     Err(error) => tracing::warn!(%error, "the members of consensus do not follow the nodes yet"),
@@ -194,6 +219,20 @@ impl Agent {
             }
             let pause = if settled.is_some() { Duration::from_secs(3600) } else { MEMBERS_AGAIN };
             let _ = timeout(pause, state.changed()).await;
+        }
+    }
+}
+
+impl Agent {
+    /// Hands the coordination to the first voter that takes it. No lease is granted
+    /// from here on: the voters may elect another coordinator at any moment.
+    async fn hand_over(&self, member: &'static Member, voters: &Addresses) {
+        member.leases.set_authority(Authority::NONE);
+        for to in voters.keys() {
+            match member.consensus.transfer(*to).await {
+                Ok(()) => return,
+                Err(error) => tracing::warn!(%error, %to, "the coordination was not handed over"),
+            }
         }
     }
 }

@@ -27,6 +27,8 @@ use crate::leases::{Leases, LeasesConfig, PeerKey};
 /// Clocks may differ by so much when a host joins: certificates and the times of
 /// events mean nothing beyond that.
 const CLOCK_TOLERANCE_MS: u64 = 5 * 60 * 1000;
+/// As many as the lease thread can listen on.
+const MOST_SOCKETS: usize = crate::leases::ADDRESSES;
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What `holdfast cluster init` and `node token` print for the other hosts.
@@ -80,7 +82,7 @@ impl Agent {
             cluster: identity.cluster,
             node: me,
             secret: identity.heartbeat.clone(),
-            bind: vec![SocketAddr::from((Ipv4Addr::UNSPECIFIED, config.port))],
+            bind: self.heartbeat_sockets().await,
             peers: Vec::new(),
         })?;
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, config.port)).await.with_context(|| {
@@ -111,6 +113,16 @@ impl Agent {
         tokio::spawn(self.clone().keep_guests(member));
         tokio::spawn(self.clone().keep_disks(member));
         Ok(member)
+    }
+
+    /// One socket for each address that there is, so that it shows which networks
+    /// carry heartbeats, and one for addresses that come later.
+    async fn heartbeat_sockets(&self) -> Vec<SocketAddr> {
+        let port = self.0.config.port;
+        let mut sockets = vec![SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))];
+        let known = self.addresses().await.unwrap_or_default();
+        sockets.extend(known.iter().map(|address| SocketAddr::new(address.ip, port)).take(MOST_SOCKETS - 1));
+        sockets
     }
 
     async fn keep_state(self, mut applied: watch::Receiver<Arc<ClusterState>>) {

@@ -129,7 +129,7 @@ impl Agent {
         })
     }
 
-    async fn addresses(&self) -> Result<Vec<NodeAddress>, holdfast_vswitch::Error> {
+    pub(super) async fn addresses(&self) -> Result<Vec<NodeAddress>, holdfast_vswitch::Error> {
         let mut addresses = Vec::new();
         for interface in self.0.vswitch.interfaces().await? {
             let host_only = HOST_ONLY.iter().any(|prefix| interface.name.starts_with(prefix));
@@ -159,7 +159,10 @@ impl Agent {
             let facts = match self.facts().await {
                 Ok(facts) => facts,
                 Err(error) => {
-                    tracing::warn!(error = format!("{:#}", anyhow::Error::from(error)), "this host's interfaces cannot be listed");
+                    tracing::warn!(
+                        error = format!("{:#}", anyhow::Error::from(error)),
+                        "this host's interfaces cannot be listed"
+                    );
                     sleep(Duration::from_secs(1)).await;
                     continue;
                 }

@@ -39,7 +39,6 @@ use crate::config::Config;
 use crate::identity::Identity;
 use crate::leases::Leases;
 
-pub use enter::JoinLine;
 pub use failure::Failure;
 use keeper_link::KeeperLink;
 use peers::{CallError, Peers};
@@ -114,11 +113,6 @@ impl Agent {
             agent.enter(identity).await?;
         }
         Ok(agent)
-    }
-
-    /// The configuration of this host.
-    pub fn config(&self) -> &Config {
-        &self.0.config
     }
 
     /// The state as this node has applied it; empty before it is in a cluster.

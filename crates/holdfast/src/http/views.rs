@@ -106,9 +106,12 @@ fn warnings(state: &ClusterState, from: Vantage<'_>, quorum: api::Quorum) -> Vec
         if node.is_up() && node.facts.qemu.is_none() {
             warnings.push(format!("node {name} has no usable QEMU, so no VM can run there: install QEMU 7.2 or later"));
         }
-        if node.is_up() && let Some(seen) = from.observed.and_then(|observed| observed.get(&node.id)) {
+        if node.is_up()
+            && let Some(seen) = from.observed.and_then(|observed| observed.get(&node.id))
+        {
             for network in &seen.unheard_on {
-                warnings.push(format!("node {name} is not heard on network {network}: check its cable or switch there"));
+                warnings
+                    .push(format!("node {name} is not heard on network {network}: check its cable or switch there"));
             }
         }
         let unreachable = report(from.observed, node).map(|report| &report.unreachable);

@@ -111,7 +111,11 @@ impl Guest {
         for index in 0..nics {
             let name = tap_name(&self.vm.to_string(), index as u8);
             if let Err(error) = self.agent.0.vswitch.remove_tap(&name).await {
-                tracing::warn!(tap = name, error = format!("{:#}", anyhow::Error::from(error)), "a tap that nobody uses stays");
+                tracing::warn!(
+                    tap = name,
+                    error = format!("{:#}", anyhow::Error::from(error)),
+                    "a tap that nobody uses stays"
+                );
             }
         }
     }
