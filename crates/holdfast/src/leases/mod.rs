@@ -14,7 +14,9 @@
 
 mod thread;
 
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -24,6 +26,7 @@ use std::thread::JoinHandle;
 use holdfast_core::lease::{Authority, BootTime, LeaseTiming};
 use holdfast_core::{Incarnation, NodeId, NodeTerm};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, socket, sockopt};
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -141,9 +144,7 @@ pub struct LeaseSlotView {
 impl SlotView {
     /// The life of a keeper that was heard within the last `recent_ms`.
     pub fn heard_within(&self, recent_ms: u64, now: BootTime) -> Option<Incarnation> {
-        self.heard
-            .filter(|(_, at)| now.ms_since(*at) <= recent_ms)
-            .map(|(life, _)| life)
+        self.heard.filter(|(_, at)| now.ms_since(*at) <= recent_ms).map(|(life, _)| life)
     }
 }
 
@@ -185,30 +186,18 @@ impl Leases {
         let mut sockets = Vec::new();
         for address in &config.bind {
             let open = || {
-                let socket = std::net::UdpSocket::bind(address)?;
+                let socket = bind(*address)?;
                 socket.set_nonblocking(true)?;
                 let local = socket.local_addr()?;
                 Ok((socket, local))
             };
-            sockets.push(open().map_err(|source| LeasesError::Bind {
-                address: *address,
-                source,
-            })?);
+            sockets.push(open().map_err(|source| LeasesError::Bind { address: *address, source })?);
         }
-        let (wake, bell) = (
-            eventfd(EfdFlags::EFD_NONBLOCK)?,
-            eventfd(EfdFlags::empty())?,
-        );
+        let (wake, bell) = (eventfd(EfdFlags::EFD_NONBLOCK)?, eventfd(EfdFlags::empty())?);
         let (outbox, inbox) = sync_channel(QUEUE);
         let (retire, retired) = sync_channel(QUEUE);
         let board = Arc::new(Mutex::new(Board::with_room()));
-        let lines = Lines {
-            inbox,
-            wake: wake.clone(),
-            retire,
-            bell: bell.clone(),
-            board: board.clone(),
-        };
+        let lines = Lines { inbox, wake: wake.clone(), retire, bell: bell.clone(), board: board.clone() };
         let thread = AnsweringThread::new(sockets, peers, lines)?;
         let over = Arc::new(AtomicBool::new(false));
         let (changes, changed) = watch::channel(0);
@@ -267,18 +256,8 @@ impl Leases {
         let (nodes, slots) = (nodes.to_vec(), Vec::with_capacity(NODES));
         let authority = Arc::new(AtomicU64::new(Authority::NONE.until.0));
         self.set_authority(Authority::NONE);
-        *self
-            .authority
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = authority.clone();
-        self.tell(Told::Coordinate(Box::new(thread::Coordination {
-            since,
-            nodes,
-            timing,
-            longest,
-            slots,
-            authority,
-        })))
+        *self.authority.lock().unwrap_or_else(PoisonError::into_inner) = authority.clone();
+        self.tell(Told::Coordinate(Box::new(thread::Coordination { since, nodes, timing, longest, slots, authority })))
     }
 
     /// Takes over what the cluster has agreed on since.
@@ -295,10 +274,7 @@ impl Leases {
 
     /// Until when leases may be granted in this coordinatorship. Takes effect at once.
     pub fn set_authority(&self, authority: Authority) {
-        let current = self
-            .authority
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let current = self.authority.lock().unwrap_or_else(PoisonError::into_inner);
         current.store(authority.until.0, SeqCst);
     }
 
@@ -333,6 +309,16 @@ impl Leases {
     }
 }
 
+/// A socket for one address beside one for all addresses: the kernel gives a
+/// datagram to the more exact one, and wants both to agree to share the port.
+fn bind(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    nix::sys::socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    Ok(socket.into())
+}
+
 impl Drop for Leases {
     fn drop(&mut self) {
         self.set_authority(Authority::NONE);
@@ -355,11 +341,7 @@ fn at_most(what: &'static str, count: usize, limit: usize) -> Result<(), LeasesE
     Ok(())
 }
 
-fn build_peers(
-    config: &LeasesConfig,
-    life: u64,
-    peers: &[PeerKey],
-) -> Result<Vec<Peer>, LeasesError> {
+fn build_peers(config: &LeasesConfig, life: u64, peers: &[PeerKey]) -> Result<Vec<Peer>, LeasesError> {
     at_most("nodes", peers.len(), NODES)?;
     let build = |peer: &PeerKey| {
         let ends = Ends {
@@ -381,20 +363,12 @@ fn eventfd(flags: EfdFlags) -> std::io::Result<Arc<EventFd>> {
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .stack_size(256 << 10)
-        .spawn(body)
+    std::thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(body)
 }
 
 /// Waking tasks takes locks that ordinary threads hold, and freeing memory takes
 /// the allocator's: this ordinary thread does both for the lease thread.
-fn relay(
-    bell: &EventFd,
-    over: &AtomicBool,
-    changes: &watch::Sender<u64>,
-    retired: &Receiver<Told>,
-) {
+fn relay(bell: &EventFd, over: &AtomicBool, changes: &watch::Sender<u64>, retired: &Receiver<Told>) {
     while !over.load(SeqCst) {
         if bell.read().is_ok() {
             changes.send_modify(|count| *count += 1);

@@ -14,16 +14,10 @@ use crate::realtime::tests::{allocations, readable};
 const SOON: Duration = Duration::from_secs(5);
 
 /// For what does not depend on an end: longer than any test on a busy machine.
-const TIMING: LeaseTiming = LeaseTiming {
-    length_ms: 60_000,
-    heartbeat_ms: 100,
-};
+const TIMING: LeaseTiming = LeaseTiming { length_ms: 60_000, heartbeat_ms: 100 };
 
 /// The default profile.
-const SHORT: LeaseTiming = LeaseTiming {
-    length_ms: 1_500,
-    heartbeat_ms: 100,
-};
+const SHORT: LeaseTiming = LeaseTiming { length_ms: 1_500, heartbeat_ms: 100 };
 const AGENT: NodeId = NodeId(1);
 const KEEPER: NodeId = NodeId(2);
 
@@ -45,26 +39,16 @@ fn config() -> LeasesConfig {
         node: AGENT,
         secret: agent_secret(),
         bind: vec![loopback(), loopback()],
-        peers: vec![PeerKey {
-            node: KEEPER,
-            public: keeper_secret().public(),
-        }],
+        peers: vec![PeerKey { node: KEEPER, public: keeper_secret().public() }],
     }
 }
 
 fn admission(life: u64, term: u64) -> Admission {
-    Admission {
-        node: KEEPER,
-        admitted: Incarnation(life),
-        term: NodeTerm(term),
-        up: true,
-    }
+    Admission { node: KEEPER, admitted: Incarnation(life), term: NodeTerm(term), up: true }
 }
 
 fn forever() -> Authority {
-    Authority {
-        until: boot_time().plus_ms(3_600_000),
-    }
+    Authority { until: boot_time().plus_ms(3_600_000) }
 }
 
 /// Waits until the snapshot satisfies `wanted`, woken by changes.
@@ -103,10 +87,7 @@ impl Asker {
 
     fn ask(&mut self, path: u8, to: SocketAddr) -> Datagram {
         self.sequence += 1;
-        let message = Message::Heartbeat {
-            sent: boot_time(),
-            echo: self.echo,
-        };
+        let message = Message::Heartbeat { sent: boot_time(), echo: self.echo };
         let sealed = self.link.seal(path, self.sequence, &message);
         self.socket.send_to(sealed.as_bytes(), to).unwrap();
         sealed
@@ -142,17 +123,13 @@ impl Asker {
 
 fn lease_of(leases: &Leases) -> Option<LeaseSlotView> {
     let all = leases.snapshot();
-    all.iter()
-        .find(|view| view.node == KEEPER)
-        .and_then(|view| view.lease)
+    all.iter().find(|view| view.node == KEEPER).and_then(|view| view.lease)
 }
 
 fn coordinator(life: u64, timing: LeaseTiming) -> Leases {
     let leases = Leases::start(config()).unwrap();
     let now = boot_time();
-    leases
-        .become_coordinator(now, &[admission(life, 4)], timing, timing)
-        .unwrap();
+    leases.become_coordinator(now, &[admission(life, 4)], timing, timing).unwrap();
     leases.set_authority(forever());
     leases
 }
@@ -167,29 +144,17 @@ fn an_admitted_keeper_is_granted_its_lease_and_silence_condemns_it_at_its_bound(
     assert_eq!((grant.term, grant.timing), (NodeTerm(4), SHORT));
     let answered = boot_time();
 
-    wait_for(&leases, "condemned", |_| {
-        lease_of(&leases).is_some_and(|lease| lease.condemned)
-    });
+    wait_for(&leases, "condemned", |_| lease_of(&leases).is_some_and(|lease| lease.condemned));
     let seen = boot_time();
     let bound = lease_of(&leases).unwrap().bound;
     assert!(seen >= bound);
     assert!(bound >= grant.sent.plus_ms(1_650) && bound <= answered.plus_ms(1_650));
-    assert!(
-        seen.ms_since(bound) < 20,
-        "{} ms late",
-        seen.ms_since(bound)
-    );
+    assert!(seen.ms_since(bound) < 20, "{} ms late", seen.ms_since(bound));
 
     keeper.ask(0, to);
-    assert_eq!(
-        keeper.answer(Duration::from_millis(50)),
-        None,
-        "never again in this term"
-    );
+    assert_eq!(keeper.answer(Duration::from_millis(50)), None, "never again in this term");
     leases.update(&[admission(7, 5)], SHORT).unwrap();
-    wait_for(&leases, "its next term", |_| {
-        lease_of(&leases).is_some_and(|lease| lease.term == NodeTerm(5))
-    });
+    wait_for(&leases, "its next term", |_| lease_of(&leases).is_some_and(|lease| lease.term == NodeTerm(5)));
     assert!(!lease_of(&leases).unwrap().condemned);
     assert_eq!(keeper.granted(to).term, NodeTerm(5));
 }
@@ -228,16 +193,9 @@ fn a_replayed_heartbeat_is_not_answered() {
     let mut next = Asker::new(8);
     next.introduce(to);
     next.ask(0, to);
-    wait_for(&leases, "the second life", |views| {
-        views[0]
-            .heard
-            .is_some_and(|(life, _)| life == Incarnation(8))
-    });
+    wait_for(&leases, "the second life", |views| views[0].heard.is_some_and(|(life, _)| life == Incarnation(8)));
     keeper.ask(0, to);
-    assert!(matches!(
-        keeper.answer(SOON),
-        Some(Message::Challenge { .. })
-    ));
+    assert!(matches!(keeper.answer(SOON), Some(Message::Challenge { .. })));
     assert_eq!(leases.snapshot()[0].heard.unwrap().0, Incarnation(8));
 }
 
@@ -289,10 +247,7 @@ fn peers_that_stay_keep_what_is_known_of_them() {
     keeper.introduce(to);
     keeper.granted(to);
     let mut peers = config().peers;
-    peers.push(PeerKey {
-        node: NodeId(3),
-        public: SecretKey([3; 32]).public(),
-    });
+    peers.push(PeerKey { node: NodeId(3), public: SecretKey([3; 32]).public() });
     leases.set_peers(&peers).unwrap();
     wait_for(&leases, "three nodes", |views| views.len() == 2);
     keeper.granted(to);
@@ -303,9 +258,7 @@ fn an_address_that_is_taken_is_named() {
     let taken = UdpSocket::bind(loopback()).unwrap();
     let address = taken.local_addr().unwrap();
     let bind = vec![address];
-    let error = Leases::start(LeasesConfig { bind, ..config() })
-        .err()
-        .unwrap();
+    let error = Leases::start(LeasesConfig { bind, ..config() }).err().unwrap();
     assert!(error.to_string().contains(&address.to_string()), "{error}");
 }
 

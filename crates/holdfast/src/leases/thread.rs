@@ -38,12 +38,7 @@ pub struct Peer {
 impl Peer {
     /// Never heard yet.
     pub fn new(link: Link, seen: Freshness) -> Self {
-        Peer {
-            link,
-            seen,
-            heard: None,
-            networks: [None; ADDRESSES],
-        }
+        Peer { link, seen, heard: None, networks: [None; ADDRESSES] }
     }
 }
 
@@ -139,11 +134,7 @@ pub struct AnsweringThread {
 
 impl AnsweringThread {
     /// Hears `peers` on `sockets`.
-    pub fn new(
-        sockets: Vec<(UdpSocket, SocketAddr)>,
-        peers: Vec<Peer>,
-        lines: Lines,
-    ) -> std::io::Result<Self> {
+    pub fn new(sockets: Vec<(UdpSocket, SocketAddr)>, peers: Vec<Peer>, lines: Lines) -> std::io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let alarm = Alarm::new()?;
         let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
@@ -186,10 +177,7 @@ impl AnsweringThread {
         let _ = match self.budget {
             0 => {
                 let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
-                let mut fds = [
-                    readable(self.alarm.as_fd()),
-                    readable(self.lines.wake.as_fd()),
-                ];
+                let mut fds = [readable(self.alarm.as_fd()), readable(self.lines.wake.as_fd())];
                 poll(&mut fds, PollTimeout::NONE).map(drop)
             }
             _ => self.epoll.wait(&mut events, EpollTimeout::NONE).map(drop),
@@ -206,11 +194,8 @@ impl AnsweringThread {
         let next_bound = self.condemn(now);
         let write = self.changed || (self.stale && now.ms_since(self.written) >= BOARD_MS);
         let blocked = write && !self.write_board(now);
-        let alarm = [
-            next_bound,
-            blocked.then(|| now.plus_ms(BOARD_RETRY_MS)),
-            (self.budget == 0).then_some(self.window_ends),
-        ];
+        let alarm =
+            [next_bound, blocked.then(|| now.plus_ms(BOARD_RETRY_MS)), (self.budget == 0).then_some(self.window_ends)];
         // It fails only for times that are no times.
         let _ = self.alarm.set(alarm.into_iter().flatten().min());
     }
@@ -250,9 +235,8 @@ impl AnsweringThread {
 
     fn replace_peers(&mut self, mut peers: Vec<Peer>) -> Told {
         for peer in peers.iter_mut() {
-            let same = |other: &&Peer| {
-                other.link.peer() == peer.link.peer() && other.link.public() == peer.link.public()
-            };
+            let same =
+                |other: &&Peer| other.link.peer() == peer.link.peer() && other.link.public() == peer.link.public();
             if let Some(before) = self.peers.iter().find(same) {
                 (peer.seen, peer.heard) = (before.seen, before.heard);
                 peer.networks = before.networks;
@@ -311,11 +295,7 @@ impl AnsweringThread {
         let Some(header) = Header::parse(datagram) else {
             return;
         };
-        let Some(peer) = self
-            .peers
-            .iter_mut()
-            .find(|peer| peer.link.peer() == header.from)
-        else {
+        let Some(peer) = self.peers.iter_mut().find(|peer| peer.link.peer() == header.from) else {
             return;
         };
         let Some(Message::Heartbeat { sent, echo }) = peer.link.open(&header, datagram) else {
@@ -338,18 +318,12 @@ impl AnsweringThread {
                 // The last moment: what follows takes microseconds, the margin pays for them.
                 let until = BootTime(coordination.authority.load(SeqCst));
                 let (timing, authority) = (coordination.timing, Authority { until });
-                match slot
-                    .lease
-                    .answer(&heartbeat, timing, authority, boot_time())
-                {
+                match slot.lease.answer(&heartbeat, timing, authority, boot_time()) {
                     Answer::Grant(grant) => Message::Grant(grant),
                     Answer::Silence => return,
                 }
             }
-            Ok(Verdict::Challenge(challenge)) => Message::Challenge {
-                incarnation: heartbeat.incarnation,
-                challenge,
-            },
+            Ok(Verdict::Challenge(challenge)) => Message::Challenge { incarnation: heartbeat.incarnation, challenge },
             Ok(Verdict::Stale) | Err(_) => return,
         };
         self.counter += 1;
@@ -387,19 +361,10 @@ impl AnsweringThread {
         board.links.clear();
         for peer in self.peers.iter() {
             let heard = peer.heard.and_then(|at| Some((peer.seen.life()?, at)));
-            board.slots.push(SlotView {
-                node: peer.link.peer(),
-                lease: None,
-                heard,
-            });
+            board.slots.push(SlotView { node: peer.link.peer(), lease: None, heard });
             for ((_, local), network) in self.sockets.iter().zip(peer.networks) {
                 if let Some((remote, heard)) = network {
-                    board.links.push(LinkView {
-                        node: peer.link.peer(),
-                        local: *local,
-                        remote,
-                        heard,
-                    });
+                    board.links.push(LinkView { node: peer.link.peer(), local: *local, remote, heard });
                 }
             }
         }
@@ -415,11 +380,7 @@ impl AnsweringThread {
             };
             match board.slots.iter_mut().find(|view| view.node == lease.node) {
                 Some(known) => known.lease = Some(view),
-                None => board.slots.push(SlotView {
-                    node: lease.node,
-                    lease: Some(view),
-                    heard: None,
-                }),
+                None => board.slots.push(SlotView { node: lease.node, lease: Some(view), heard: None }),
             }
         }
         drop(board);
@@ -433,14 +394,6 @@ impl AnsweringThread {
 }
 
 fn assumed(node: &Admission, since: BootTime, longest: LeaseTiming) -> Slot {
-    let Admission {
-        node,
-        admitted,
-        term,
-        up,
-    } = *node;
-    Slot {
-        lease: LeaseSlot::assumed(node, admitted, term, up, since, longest),
-        condemned: false,
-    }
+    let Admission { node, admitted, term, up } = *node;
+    Slot { lease: LeaseSlot::assumed(node, admitted, term, up, since, longest), condemned: false }
 }
