@@ -14,6 +14,19 @@ use utoipa::ToSchema;
 #[schema(value_type = String, example = "20GiB")]
 pub struct Size(pub u64);
 
+impl Size {
+    /// Rounded to one decimal, for sentences and tables: `1.5 GiB`.
+    pub fn rounded(self) -> String {
+        let unit = (self.0.max(1).ilog2() / 10) as usize;
+        let number = self.0 as f64 / (1_u64 << (10 * unit)) as f64;
+        let suffix = if unit == 0 { "B".into() } else { format!("{}iB", UNITS[unit]) };
+        match number.fract() == 0.0 {
+            true => format!("{number} {suffix}"),
+            false => format!("{number:.1} {suffix}"),
+        }
+    }
+}
+
 /// A text that is no size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadSize(String);
@@ -113,6 +126,20 @@ mod tests {
         }
         for text in ["", "G", "-1G", "1.5G", "20GB", "20X", "99999999999E", "20G20"] {
             assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn rounded_sizes_are_short() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1 KiB"),
+            (512 << 20, "512 MiB"),
+            ((3 << 30) / 2, "1.5 GiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(Size(bytes).rounded(), text);
         }
     }
 

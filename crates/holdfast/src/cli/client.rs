@@ -188,7 +188,12 @@ impl Client {
         deadline: Duration,
     ) -> Result<Response<Incoming>, ClientError> {
         let stream = self.connect().await?;
-        let lost = |why: String| ClientError::Lost { agent: self.agent(), why };
+        // A question that was not answered changed nothing.
+        let asks = method == Method::GET;
+        let lost = |why: String| match asks {
+            true => self.unreachable(why),
+            false => ClientError::Lost { agent: self.agent(), why },
+        };
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| lost(error.to_string()))?;
         // Ends when the answer is read or dropped.

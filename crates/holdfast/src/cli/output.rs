@@ -58,13 +58,7 @@ pub fn facts(facts: &[(&str, String)]) -> Done {
 
 /// An amount for a person: `1.5 GiB`.
 pub fn size(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let unit = (bytes.max(1).ilog2() / 10) as usize;
-    let number = bytes as f64 / (1_u64 << (10 * unit)) as f64;
-    match (unit, number.fract() == 0.0) {
-        (0, _) | (_, true) => format!("{number} {}", units[unit]),
-        (_, false) => format!("{number:.1} {}", units[unit]),
-    }
+    holdfast_api::Size(bytes).rounded()
 }
 
 /// A moment as `2026-11-23 02:33:07.123Z`.
@@ -110,20 +104,6 @@ pub fn word(state: &impl Serialize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn amounts_are_short() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1 KiB"),
-            (512 << 20, "512 MiB"),
-            ((3 << 30) / 2, "1.5 GiB"),
-            (u64::MAX, "16 EiB"),
-        ] {
-            assert_eq!(size(bytes), text);
-        }
-    }
 
     #[test]
     fn moments_are_dates() {

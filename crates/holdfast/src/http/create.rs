@@ -246,8 +246,8 @@ fn fits_volume(index: usize, size: u64, volume: &str, room: std::io::Result<u64>
             "no_space",
             format!(
                 "disk {index}: its size, {}, is larger than volume {volume:?}, {}",
-                api::Size(size),
-                api::Size(room)
+                api::Size(size).rounded(),
+                api::Size(room).rounded()
             ),
         )),
         Ok(_) => Ok(()),

@@ -233,3 +233,57 @@ impl Connections {
         self.ending.cancel();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// Longer than anything here takes, shorter than anybody wants to wait.
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    async fn ask(stream: &mut UnixStream) -> String {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut answer = [0; 4096];
+        let read = tokio::time::timeout(DEADLINE, stream.read(&mut answer)).await.unwrap().unwrap();
+        String::from_utf8_lossy(&answer[..read]).into_owned()
+    }
+
+    #[tokio::test]
+    async fn a_left_over_socket_is_replaced_and_one_in_use_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        drop(bind_unix(&path, None).unwrap());
+        assert!(path.exists());
+        let _listener = bind_unix(&path, Some("no-such-group")).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert!(matches!(bind_unix(&path, None), Err(ServeError::InUse(_))));
+        let nowhere = dir.path().join("gone/agent.sock");
+        assert!(bind_unix(&nowhere, None).unwrap_err().to_string().contains("gone/agent.sock"));
+    }
+
+    #[tokio::test]
+    async fn callers_are_named_by_the_kernel_and_idle_ones_do_not_hold_up_a_stop() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let listener = bind_unix(&path, None).unwrap();
+        let router = Router::new()
+            .route("/", get(|axum::Extension(peer): axum::Extension<Peer>| async move { format!("{peer:?}") }));
+        let stop = CancellationToken::new();
+        let serving = tokio::spawn(serve_unix(listener, router, stop.clone()));
+        let mut caller = UnixStream::connect(&path).await.unwrap();
+        let me = User::from_uid(Uid::current()).unwrap().map_or("uid".into(), |user| user.name);
+        let answer = ask(&mut caller).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains(&me), "{answer}");
+        // The connection is kept open, as clients do.
+        stop.cancel();
+        let stopped = tokio::time::Instant::now();
+        tokio::time::timeout(DEADLINE, serving).await.unwrap().unwrap();
+        assert!(stopped.elapsed() < STOP_WITHIN);
+        let mut rest = Vec::new();
+        tokio::time::timeout(DEADLINE, caller.read_to_end(&mut rest)).await.unwrap().unwrap();
+        assert!(rest.is_empty(), "{rest:?}");
+    }
+}

@@ -281,7 +281,11 @@ pub fn job(state: &ClusterState, job: &Job) -> api::JobView {
         by: job.by.clone(),
         state: job_state(job),
         percent: job.progress.percent,
-        note: job.progress.note.clone(),
+        // What it did last says nothing once all of it is done.
+        note: match job_state(job) {
+            api::JobState::Done => String::new(),
+            _ => job.progress.note.clone(),
+        },
         began_ms: job.began_ms,
         outcome: job.end.as_ref().map(|end| api::JobOutcome {
             at_ms: end.at_ms,

@@ -88,7 +88,7 @@ fn a_disk_is_as_large_as_asked_and_never_smaller_than_its_image() {
 fn a_disk_larger_than_its_volume_is_refused() {
     assert_eq!(fits_volume(0, 10, "main", Ok(10)), Ok(()));
     let refused = fits_volume(0, 11 << 30, "main", Ok(10 << 30)).unwrap_err();
-    assert_eq!(refused.message, "disk 0: its size, 11GiB, is larger than volume \"main\", 10GiB");
+    assert_eq!(refused.message, "disk 0: its size, 11 GiB, is larger than volume \"main\", 10 GiB");
     let gone = std::io::Error::from(std::io::ErrorKind::NotFound);
     assert_eq!(fits_volume(0, 1, "main", Err(gone)).unwrap_err().code, "volume_unreachable");
     assert!(room_at(Path::new("/")).unwrap() > 0);
