@@ -84,14 +84,13 @@ fn run_agent(path: Option<&Path>) -> Result<()> {
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let agent = Agent::start(config.clone(), stop.clone()).await?;
-        let serving = crate::http::serve(agent.clone(), config.agent_socket(), Some(GROUP), stop.clone());
-        tokio::select! {
-            served = serving => served?,
-            _ = terminate.recv() => {
-                tracing::info!("asked to end");
-                stop.cancel();
-            }
-        }
+        let ending = stop.clone();
+        tokio::spawn(async move {
+            terminate.recv().await;
+            tracing::info!("asked to end");
+            ending.cancel();
+        });
+        crate::http::serve(agent, config.agent_socket(), Some(GROUP), stop).await?;
         Ok(())
     })
 }

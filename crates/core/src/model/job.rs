@@ -47,6 +47,10 @@ pub enum Work {
     },
     /// Starts it.
     Start,
+    /// Lets its guest stand still.
+    Pause,
+    /// Lets its guest go on.
+    Resume,
     /// Shuts it down.
     Stop,
     /// Shuts it down and starts it again; done in a later epoch than this one.

@@ -83,8 +83,7 @@ pub struct VmSpec {
     pub stop_timeout_s: u32,
 }
 
-/// A kernel that QEMU loads itself. The paths are below the VM's directory on
-/// its first disk's volume: the files are copied there when the VM is created.
+/// A kernel that QEMU loads itself, from files on a volume that VMs may share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectBoot {
     /// The volume that holds the files.
@@ -270,10 +269,6 @@ pub enum DiskStage {
 pub struct Sources {
     /// An image for each disk, by index; absent: an empty disk.
     pub images: Vec<Option<String>>,
-    /// The kernel for direct boot.
-    pub kernel: Option<String>,
-    /// The initial ramdisk for direct boot.
-    pub initrd: Option<String>,
     /// Start the VM when its disks are there.
     pub start: bool,
 }

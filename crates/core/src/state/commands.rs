@@ -369,7 +369,12 @@ impl ClusterState {
         {
             return Err(Refusal::NoRoom { vm: name, why: placement::tell(self, &denials) });
         }
-        let work = if desired.wants_qemu() { Work::Start } else { Work::Stop };
+        let work = match desired {
+            Desired::Running if was == Desired::Paused => Work::Resume,
+            Desired::Running => Work::Start,
+            Desired::Paused => Work::Pause,
+            Desired::Stopped | Desired::ForcedOff => Work::Stop,
+        };
         let Some(vm) = self.vms.get_mut(&id) else {
             return Err(Refusal::unknown("VM", id));
         };
@@ -561,7 +566,10 @@ impl ClusterState {
     fn supersede_jobs(&mut self, at_ms: u64, vm: VmId) {
         let older: Vec<_> = self
             .running_jobs()
-            .filter(|job| job.vm == vm && matches!(job.work, Work::Start | Work::Stop | Work::Restart { .. }))
+            .filter(|job| {
+                job.vm == vm
+                    && matches!(job.work, Work::Start | Work::Pause | Work::Resume | Work::Stop | Work::Restart { .. })
+            })
             .map(|job| job.id)
             .collect();
         for id in older {

@@ -41,7 +41,7 @@ impl ClusterState {
         let ready = vm.disks == DiskStage::Ready;
         match job.work {
             Work::Create { start: false } => ready.then_some(Outcome::Done),
-            Work::Create { start: true } | Work::Start => {
+            Work::Create { start: true } | Work::Start | Work::Pause | Work::Resume => {
                 if ready {
                     vm.started()
                 } else {
@@ -84,6 +84,8 @@ impl Work {
         match self {
             Work::Create { .. } => "create",
             Work::Start => "start",
+            Work::Pause => "pause",
+            Work::Resume => "resume",
             Work::Stop => "stop",
             Work::Restart { .. } => "restart",
             Work::Delete => "delete",

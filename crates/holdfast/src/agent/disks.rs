@@ -78,14 +78,6 @@ impl Agent {
         for dir in self.directories(vm) {
             tokio::fs::create_dir_all(&dir).await.map_err(|error| format!("cannot make {}: {error}", dir.display()))?;
         }
-        if let Some(boot) = &vm.spec.direct_boot {
-            let copies = [(&sources.kernel, Some(&boot.kernel)), (&sources.initrd, boot.initrd.as_ref())];
-            for (from, to) in copies {
-                if let (Some(from), Some(to)) = (from, to) {
-                    copy(Path::new(from), &self.volume_path(&boot.volume, to)).await?;
-                }
-            }
-        }
         let qemu_img = QemuImg::new("qemu-img");
         let count = vm.spec.disks.len();
         for (index, disk) in vm.spec.disks.iter().enumerate() {
@@ -122,23 +114,4 @@ impl Agent {
         volumes.dedup();
         volumes.into_iter().map(|volume| self.volume_path(volume, &Vm::directory(vm.id, &vm.name))).collect()
     }
-}
-
-/// Copies a file that several VMs may share, under a name made from its contents:
-/// once it is there it is right.
-async fn copy(from: &Path, to: &Path) -> Result<(), String> {
-    let copying = async {
-        if tokio::fs::try_exists(to).await? {
-            return Ok(());
-        }
-        let dir = to.parent().unwrap_or(Path::new("/"));
-        tokio::fs::create_dir_all(dir).await?;
-        let draft = to.with_extension(format!("{}.tmp", uuid::Uuid::new_v4().simple()));
-        tokio::fs::copy(from, &draft).await?;
-        tokio::fs::File::open(&draft).await?.sync_all().await?;
-        tokio::fs::rename(&draft, to).await?;
-        tokio::fs::File::open(dir).await?.sync_all().await
-    };
-    let copied: std::io::Result<()> = copying.await;
-    copied.map_err(|error| format!("cannot copy {} to {}: {error}", from.display(), to.display()))
 }

@@ -85,13 +85,8 @@ pub async fn command(agent: &Agent, request: api::CreateVm) -> Result<Command, A
     let id = VmId(Uuid::new_v4());
     let (boot, copies) = boot.map_or((None, Vec::new()), |boot| (Some(boot.spec), boot.copies));
     let spec = compose(&state, id, &wanted, &sizes, machine, boot, draw_mac)?;
-    let command = Command::CreateVm {
-        id,
-        name: wanted.name,
-        spec,
-        node: me,
-        sources: Sources { images, kernel: None, initrd: None, start: request.start },
-    };
+    let command =
+        Command::CreateVm { id, name: wanted.name, spec, node: me, sources: Sources { images, start: request.start } };
     rehearse(&state, command.clone())?;
     for copying in copies {
         blocking(move || {
