@@ -11,6 +11,9 @@ use crate::observed::Run;
 
 use super::{Action, Ended, Evidence, Planner};
 
+/// How long the target of a migration may take to get ready, in milliseconds.
+const READY_MS: u64 = 60_000;
+
 impl Planner<'_> {
     pub(super) fn moving(&mut self, vm: &Vm) {
         let Placement::Moving { from, to, job, stage, cancel } = vm.placement.clone() else {
@@ -55,6 +58,10 @@ impl Planner<'_> {
             }
             (End::Alive(_), _, MoveStage::Preparing) if cancel => {
                 self.decide(Action::AbortMove { vm: vm.id }, kept("it was cancelled".into()));
+            }
+            (End::Alive(_), _, MoveStage::Preparing) if self.is_older(job, READY_MS) => {
+                let why = format!("the target was not ready within {} s", READY_MS / 1000);
+                self.decide(Action::AbortMove { vm: vm.id }, kept(why));
             }
             (End::Alive(_), End::Alive(Some(Run::Waiting { address })), MoveStage::Preparing) => {
                 let cause = Cause::TargetWaits { node: to.node, epoch: to.epoch };

@@ -71,6 +71,7 @@ impl Planner<'_> {
             return;
         };
         let over = |detail: String| Cause::Exited { node: tenure.node, epoch: tenure.epoch, detail };
+        let ended = run.is_over();
         match run {
             Run::Exited { detail } if vm.restart == Some(tenure.epoch) => self.again(vm, tenure, over(detail)),
             Run::Exited { detail } if vm.desired.wants_qemu() => self.crashed(vm, tenure, over(detail)),
@@ -100,11 +101,11 @@ impl Planner<'_> {
             // A guest that a finished or given-up migration left here runs here.
             Run::Running | Run::Kept { .. } => self.saw(vm, Seen::Running),
             Run::Paused => self.saw(vm, Seen::Paused),
-            Run::Stopping => {
-                self.saw(vm, Seen::Stopping);
-                self.give_up_waiting(vm);
-            }
+            Run::Stopping => self.saw(vm, Seen::Stopping),
             _ => {}
+        }
+        if !ended {
+            self.give_up_waiting(vm);
         }
     }
 
@@ -172,11 +173,13 @@ impl Planner<'_> {
     /// A guest that does not react to its power button goes on, and the job says so.
     fn give_up_waiting(&mut self, vm: &Vm) {
         let timeout_ms = u64::from(vm.spec.stop_timeout_s) * 1000;
-        let waits = |job: &&Job| job.vm == vm.id && matches!(job.work, Work::Stop | Work::Restart { .. });
-        let Some(job) = self.state.running_jobs().find(waits) else {
-            return;
+        let waits = |job: &&Job| match job.work {
+            Work::Stop => job.vm == vm.id && vm.desired == Desired::Stopped,
+            Work::Restart { .. } => job.vm == vm.id && vm.restart.is_some(),
+            _ => false,
         };
-        if self.now_ms < job.began_ms + timeout_ms {
+        let Some(job) = self.state.running_jobs().find(waits).cloned() else { return };
+        if !self.is_older(job.id, timeout_ms) {
             return;
         }
         let cause = Cause::NoReaction { seconds: vm.spec.stop_timeout_s };
@@ -184,6 +187,11 @@ impl Planner<'_> {
             Work::Stop => self.decide(Action::GiveUpStop { vm: vm.id }, cause),
             _ => self.decide(Action::GiveUpRestart { vm: vm.id }, cause),
         }
+    }
+
+    /// Whether a job began longer than `age_ms` ago.
+    pub(super) fn is_older(&self, job: JobId, age_ms: u64) -> bool {
+        self.state.jobs.get(&job).is_some_and(|job| self.now_ms >= job.began_ms.saturating_add(age_ms))
     }
 
     fn disk_work(&mut self, vm: &Vm, node: NodeId, job: JobId, making: bool) {

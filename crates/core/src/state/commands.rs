@@ -507,14 +507,22 @@ impl ClusterState {
         if job.end.is_some() {
             return Err(Refusal::Conflict(format!("job {id} has ended already")));
         }
-        let cannot =
-            || Err(Refusal::Conflict(format!("job {id} cannot be cancelled: only migrations and shut-downs can")));
+        let cannot = || {
+            Err(Refusal::Conflict(format!(
+                "job {id} cannot be cancelled: only migrations, shut-downs and the making of disks can"
+            )))
+        };
         let (vm, name) = (job.vm, job.vm_name.clone());
         match job.work {
             Work::Migrate { .. } => match self.vms.get_mut(&vm).map(|vm| &mut vm.placement) {
                 Some(Placement::Moving { cancel, .. }) => *cancel = true,
                 _ => return cannot(),
             },
+            Work::Create { .. } if self.vms.get(&vm).is_some_and(|vm| vm.disks != DiskStage::Ready) => {
+                // Nothing half-made: the node that makes its disks deletes them.
+                self.vms.remove(&vm);
+                self.end_job(at_ms, id, Outcome::Cancelled);
+            }
             Work::Stop => {
                 if let Some(vm) = self.vms.get_mut(&vm)
                     && vm.desired == Desired::Stopped

@@ -19,7 +19,7 @@ impl Agent {
     /// Does the work on disks that the cluster gave to this node.
     pub(super) async fn keep_disks(self, member: &'static Member) {
         let mut changes = self.changes();
-        let mut working: BTreeMap<JobId, JoinHandle<()>> = BTreeMap::new();
+        let mut working: BTreeMap<JobId, (Vm, JoinHandle<()>)> = BTreeMap::new();
         loop {
             let state = changes.borrow_and_update().clone();
             let mut mine = BTreeMap::new();
@@ -31,16 +31,23 @@ impl Agent {
                     _ => {}
                 }
             }
-            working.retain(|job, work| {
-                let wanted = mine.contains_key(job);
-                if !wanted {
-                    work.abort();
-                    member.reports.say(|report| drop(report.work.remove(job)));
+            let over: Vec<_> = working.keys().copied().filter(|job| !mine.contains_key(job)).collect();
+            for (vm, work) in over.iter().filter_map(|job| working.remove(job)) {
+                work.abort();
+                let _ = work.await;
+                // A VM that is not wanted any more leaves nothing behind.
+                if !state.vms.contains_key(&vm.id)
+                    && let Err(why) = self.delete(&vm).await
+                {
+                    tracing::warn!(vm = vm.name, why, "files of a VM that is gone stay");
                 }
-                wanted
-            });
+            }
+            member.reports.say(|report| report.work.retain(|job, _| mine.contains_key(job)));
             for (job, vm) in mine {
-                working.entry(job).or_insert_with(|| tokio::spawn(self.clone().work_on_disks(member, job, vm)));
+                working.entry(job).or_insert_with(|| {
+                    let work = self.clone().work_on_disks(member, job, vm.clone());
+                    (vm, tokio::spawn(work))
+                });
             }
             drop(state);
             if changes.changed().await.is_err() {
