@@ -8,7 +8,7 @@ use std::time::Duration;
 use holdfast_core::*;
 use holdfast_qemu::{QemuError, Qmp, Role, Word, word};
 use holdfast_vswitch::{Announcement, tap_name};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::rpc::{HandedOver, HandoverCall};
@@ -109,7 +109,8 @@ impl Agent {
     pub(super) async fn keep_guests(self, member: &'static Member) {
         let mut changes = self.changes();
         let mut keeper = self.0.keeper.watch();
-        let mut tasks: BTreeMap<VmId, JoinHandle<()>> = BTreeMap::new();
+        let mut tasks = JoinSet::new();
+        let mut kept: BTreeMap<VmId, AbortHandle> = BTreeMap::new();
         let mut swept = false;
         loop {
             let wanted: BTreeSet<VmId> = {
@@ -123,15 +124,17 @@ impl Agent {
                 self.sweep_taps(&wanted).await;
                 swept = true;
             }
-            tasks.retain(|_, task| !task.is_finished());
+            kept.retain(|_, task| !task.is_finished());
             if known {
                 for vm in wanted {
-                    tasks.entry(vm).or_insert_with(|| tokio::spawn(self.clone().keep_guest(member, vm)));
+                    kept.entry(vm).or_insert_with(|| tasks.spawn(self.clone().keep_guest(member, vm)));
                 }
             }
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
                 changed = keeper.changed() => if changed.is_err() { return },
+                // A VM may have been given to this node again while its task ended.
+                Some(_) = tasks.join_next() => {}
             }
         }
     }
