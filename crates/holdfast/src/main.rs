@@ -4,6 +4,7 @@
 mod agent;
 mod cli;
 mod config;
+mod demo;
 mod heartbeat;
 mod http;
 mod identity;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Keeper { config } => process::keeper(config.as_deref()),
         Command::Agent { config } => process::agent(config.as_deref()),
+        Command::Demo(args) => demo::main(args),
         Command::LabInit { args } => holdfast_lab::init::main(args),
         _ => client(cli),
     }
