@@ -43,13 +43,18 @@ impl Guest {
                 self.say(epoch, Run::Running);
                 Ok(Next::Wait)
             }
-            Word::Arrived => Ok(Next::Wait),
             // The source is dead and has not sent everything: the guest is lost.
             Word::Waiting | Word::InFlight if source_void => {
                 self.agent.0.keeper.kill(self.vm, epoch).await?;
                 Ok(Next::Soon(Duration::ZERO))
             }
-            Word::InFlight => Ok(Next::Wait),
+            Word::InFlight | Word::Arrived => {
+                // An agent that was started meanwhile takes the source's calls, too.
+                if self.member.guests.waiting(self.vm, epoch).is_none() {
+                    self.expect(&qmp, epoch).await?;
+                }
+                Ok(Next::Wait)
+            }
             Word::Waiting => {
                 if self.member.guests.waiting(self.vm, epoch).is_none() {
                     let address = self.get_ready(&qmp, epoch, from).await?;
@@ -70,6 +75,13 @@ impl Guest {
             anyhow::anyhow!("no network that may carry migrations joins this node and {}", state.node_name(from))
         })?;
         let listens = prepare_incoming(qmp, address, &MigrationSettings::default()).await?;
+        self.expect(qmp, epoch).await?;
+        Ok(listens.to_string())
+    }
+
+    /// From now on the source's calls find the QEMU that waits for the guest.
+    async fn expect(&self, qmp: &Qmp, epoch: Epoch) -> anyhow::Result<()> {
+        let state = self.agent.state();
         let mut announcements = Vec::new();
         let nics = state.vms.get(&self.vm).map(|vm| vm.spec.nics.clone()).unwrap_or_default();
         for (index, nic) in nics.iter().enumerate() {
@@ -81,7 +93,7 @@ impl Guest {
             }
         }
         self.member.guests.set_waiting(self.vm, Some(Waiting { epoch, qmp: qmp.clone(), announcements }));
-        Ok(listens.to_string())
+        Ok(())
     }
 
     /// The source: sends the guest, and when it is sent has it continued there.
