@@ -99,11 +99,16 @@ impl Cluster {
     /// When a step fails or takes too long.
     pub fn form(spec: ClusterSpec) -> Result<Self> {
         let mut cluster = Self::build(spec)?;
-        cluster.form_here().map_err(|error| cluster.with_logs(error))?;
+        cluster.assemble().map_err(|error| cluster.with_logs(error))?;
         Ok(cluster)
     }
 
-    fn form_here(&mut self) -> Result<()> {
+    /// Forms the cluster of the hosts that were built: powers on those that are
+    /// off, and waits until all is in order.
+    ///
+    /// # Errors
+    /// When a step fails or takes too long.
+    pub fn assemble(&mut self) -> Result<()> {
         let begun = Instant::now();
         self.power_on_all()?;
         self.times.booted = begun.elapsed();

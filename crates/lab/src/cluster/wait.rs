@@ -29,7 +29,7 @@ impl Cluster {
         for host in &powered {
             let (client, tell) = (self.client(host.name()).within(STAND_WITHIN), tell.clone());
             // A node that hangs must not hold the others up; its thread ends with its deadline.
-            std::thread::spawn(move || tell.send((client.cluster(), client)));
+            std::thread::spawn(move || drop(tell.send((client.cluster(), client))));
         }
         drop(tell);
         let mut second_best = None;

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use holdfast_lab::cluster::{Cluster, ClusterSpec};
+use holdfast_api::{VmState, VmView};
+use holdfast_lab::cluster::{ApiError, Cluster, ClusterSpec};
 
 /// Long enough for a busy machine; nothing takes this long unless it is broken.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -46,4 +47,40 @@ pub fn three_nodes() -> (Cluster, Turn) {
 pub fn form(spec: ClusterSpec) -> (Cluster, Turn) {
     let turn = turn();
     (Cluster::form(spec).unwrap(), turn)
+}
+
+/// The word and the sentence with which a request was refused.
+pub fn refused<T: std::fmt::Debug>(answer: Result<T, ApiError>) -> (String, String) {
+    match answer {
+        Err(ApiError::Refused { status, code, message }) => {
+            assert!((400..500).contains(&status), "{status} {code}: {message}");
+            assert!(message.len() > 10, "no sentence: {message:?}");
+            (code, message)
+        }
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+/// Waits until `look` finds something in what the lab's own files show.
+pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < until, "not within {DEADLINE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Whether a VM runs on another node than `before`.
+pub fn elsewhere(before: &str) -> impl Fn(&VmView) -> bool {
+    move |vm| vm.state == VmState::Running && vm.node.as_deref().is_some_and(|node| node != before)
+}
+
+/// Puts a VM onto a node.
+pub fn bring(cluster: &Cluster, vm: &str, node: &str) {
+    if cluster.node_of(vm).unwrap() != node {
+        cluster.migrate(vm, node, DEADLINE).unwrap();
+    }
 }

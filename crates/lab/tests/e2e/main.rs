@@ -4,4 +4,20 @@
 #![allow(missing_docs)]
 
 mod bench;
+
+mod agent_killed;
+mod bad_hosts;
+mod bad_requests;
 mod boot;
+mod command_line;
+mod coordinator_killed;
+mod cut_off;
+mod damaged_files;
+mod everything_restarts;
+mod full_disk;
+mod keeper_killed;
+mod migration;
+mod migration_faults;
+mod power_loss;
+mod qemu_killed;
+mod room;
