@@ -59,9 +59,7 @@ const REORDERED: u64 = 8;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// A public key of low order: everybody could compute the shared secret.
-    #[error(
-        "the heartbeat key of node {node} is not a valid X25519 public key: remove the node and join it again"
-    )]
+    #[error("the heartbeat key of node {node} is not a valid X25519 public key: remove the node and join it again")]
     Weak {
         /// Whose key it is.
         node: NodeId,
@@ -80,9 +78,7 @@ impl SecretKey {
     /// A new one.
     pub fn generate() -> Result<Self, KeyError> {
         let mut bytes = [0; 32];
-        SystemRandom::new()
-            .fill(&mut bytes)
-            .map_err(|_| KeyError::NoRandomness)?;
+        SystemRandom::new().fill(&mut bytes).map_err(|_| KeyError::NoRandomness)?;
         Ok(SecretKey(bytes))
     }
 
@@ -101,9 +97,7 @@ impl fmt::Debug for SecretKey {
 /// A random number that is not zero: a life, or a challenge.
 pub fn draw() -> Result<u64, KeyError> {
     let mut bytes = [0; 8];
-    SystemRandom::new()
-        .fill(&mut bytes)
-        .map_err(|_| KeyError::NoRandomness)?;
+    SystemRandom::new().fill(&mut bytes).map_err(|_| KeyError::NoRandomness)?;
     Ok(u64::from_le_bytes(bytes).max(1))
 }
 
@@ -161,10 +155,7 @@ impl Message {
                 ],
                 6,
             ),
-            Message::Challenge {
-                incarnation,
-                challenge,
-            } => ([incarnation.0, challenge, 0, 0, 0, 0], 2),
+            Message::Challenge { incarnation, challenge } => ([incarnation.0, challenge, 0, 0, 0, 0], 2),
         }
     }
 
@@ -178,24 +169,15 @@ impl Message {
             *word = u64::from_le_bytes(*chunk);
         }
         match (kind, chunks.len()) {
-            (1, 2) => Some(Message::Heartbeat {
-                sent: BootTime(words[0]),
-                echo: words[1],
-            }),
+            (1, 2) => Some(Message::Heartbeat { sent: BootTime(words[0]), echo: words[1] }),
             (2, 6) => Some(Message::Grant(Grant {
                 incarnation: Incarnation(words[0]),
                 sequence: words[1],
                 sent: BootTime(words[2]),
                 term: NodeTerm(words[3]),
-                timing: LeaseTiming {
-                    length_ms: words[4],
-                    heartbeat_ms: words[5],
-                },
+                timing: LeaseTiming { length_ms: words[4], heartbeat_ms: words[5] },
             })),
-            (3, 2) => Some(Message::Challenge {
-                incarnation: Incarnation(words[0]),
-                challenge: words[1],
-            }),
+            (3, 2) => Some(Message::Challenge { incarnation: Incarnation(words[0]), challenge: words[1] }),
             _ => None,
         }
     }
@@ -260,12 +242,7 @@ impl Header {
 
     /// The heartbeat that a [`Message::Heartbeat`] stands for.
     pub fn heartbeat(&self, sent: BootTime) -> Heartbeat {
-        Heartbeat {
-            node: self.from,
-            incarnation: Incarnation(self.life),
-            sequence: self.counter,
-            sent,
-        }
+        Heartbeat { node: self.from, incarnation: Incarnation(self.life), sequence: self.counter, sent }
     }
 }
 
@@ -321,16 +298,7 @@ impl Link {
         salt[24..].copy_from_slice(ends.cluster.as_bytes());
         let secret = Salt::new(HKDF_SHA256, &salt).extract(shared.as_bytes());
         let sealing = derive(&secret, side, ends.me, ends.peer, life);
-        Ok(Link {
-            me: ends.me,
-            peer: ends.peer,
-            public: ends.public,
-            side,
-            life,
-            secret,
-            sealing,
-            opening: None,
-        })
+        Ok(Link { me: ends.me, peer: ends.peer, public: ends.public, side, life, secret, sealing, opening: None })
     }
 
     /// The other node.
@@ -345,13 +313,7 @@ impl Link {
 
     /// Seals a message. `counter` must never be used twice with one `path`.
     pub fn seal(&self, path: u8, counter: u64, message: &Message) -> Datagram {
-        let header = Header {
-            kind: message.kind(),
-            path,
-            from: self.me,
-            life: self.life,
-            counter,
-        };
+        let header = Header { kind: message.kind(), path, from: self.me, life: self.life, counter };
         let clear = header.encode();
         let (words, count) = message.words();
         let mut bytes = [0; DATAGRAM_BYTES];
@@ -363,17 +325,10 @@ impl Link {
         // It fails only for texts of more than 256 GiB.
         let tag = self
             .sealing
-            .seal_in_place_separate_tag(
-                header.nonce(),
-                Aad::from(clear),
-                &mut bytes[HEADER_BYTES..end],
-            )
+            .seal_in_place_separate_tag(header.nonce(), Aad::from(clear), &mut bytes[HEADER_BYTES..end])
             .expect("a body of 48 bytes can be sealed");
         bytes[end..end + TAG_BYTES].copy_from_slice(tag.as_ref());
-        Datagram {
-            bytes,
-            length: end + TAG_BYTES,
-        }
+        Datagram { bytes, length: end + TAG_BYTES }
     }
 
     /// Opens a datagram in place, `None` if it is not from the other node's other
@@ -387,10 +342,7 @@ impl Link {
             Side::Agent => Side::Keeper,
         };
         let (clear, sealed) = datagram.split_at_mut_checked(HEADER_BYTES)?;
-        let known = self
-            .opening
-            .as_ref()
-            .filter(|(life, _)| *life == header.life);
+        let known = self.opening.as_ref().filter(|(life, _)| *life == header.life);
         let message = match known {
             Some((_, key)) => unseal(key, header, clear, sealed)?,
             None => {
@@ -407,9 +359,7 @@ impl Link {
 }
 
 fn unseal(key: &LessSafeKey, header: &Header, clear: &[u8], sealed: &mut [u8]) -> Option<Message> {
-    let body = key
-        .open_in_place(header.nonce(), Aad::from(clear), sealed)
-        .ok()?;
+    let body = key.open_in_place(header.nonce(), Aad::from(clear), sealed).ok()?;
     Message::decode(header.kind, body)
 }
 
@@ -421,9 +371,7 @@ fn derive(secret: &Prk, side: Side, from: NodeId, to: NodeId, life: u64) -> Less
     let (from, to, life) = (from.0.to_le_bytes(), to.0.to_le_bytes(), life.to_le_bytes());
     let context = [label, &from, &to, &life];
     // It fails only for keys of more than 8,160 bytes.
-    let key = secret
-        .expand(&context, &CHACHA20_POLY1305)
-        .expect("HKDF-SHA256 can give 32 bytes");
+    let key = secret.expand(&context, &CHACHA20_POLY1305).expect("HKDF-SHA256 can give 32 bytes");
     LessSafeKey::new(UnboundKey::from(key))
 }
 
@@ -450,12 +398,7 @@ pub enum Verdict {
 impl Freshness {
     /// Nothing accepted yet.
     pub fn new() -> Result<Freshness, KeyError> {
-        Ok(Freshness {
-            life: None,
-            challenge: draw()?,
-            newest: 0,
-            last: [0; PATHS],
-        })
+        Ok(Freshness { life: None, challenge: draw()?, newest: 0, last: [0; PATHS] })
     }
 
     /// The keeper's life that was accepted last.

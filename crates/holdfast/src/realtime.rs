@@ -24,8 +24,7 @@ pub const LEASE_PRIORITY: i32 = 40;
 /// Reads CLOCK_BOOTTIME.
 pub fn boot_time() -> BootTime {
     // The clock exists since Linux 2.6.39 and reading it cannot fail.
-    let now =
-        nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).unwrap_or(TimeSpec::new(0, 0));
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).unwrap_or(TimeSpec::new(0, 0));
     let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
     let nanoseconds = u64::try_from(now.tv_nsec()).unwrap_or(0);
     BootTime(seconds * 1_000_000_000 + nanoseconds)
@@ -67,13 +66,23 @@ pub fn lock_memory() -> io::Result<()> {
 
 /// Gives the calling thread real-time priority; what it forks does not inherit it.
 pub fn go_realtime(priority: i32) -> io::Result<()> {
-    let parameters = libc::sched_param {
-        sched_priority: priority,
-    };
+    let parameters = libc::sched_param { sched_priority: priority };
     let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
     // SAFETY: 0 names the calling thread; the kernel only reads `parameters`, which
     // outlives the call.
     Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) })?;
+    Ok(())
+}
+
+/// Gives the calling thread precedence among ordinary threads; what it forks does
+/// not inherit it.
+pub fn go_first(nice: i32) -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    let policy = libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: as in `go_realtime`.
+    Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) })?;
+    // SAFETY: setpriority takes numbers only; 0 names the calling thread.
+    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) })?;
     Ok(())
 }
 
@@ -92,15 +101,7 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 pub fn pidfd_kill(fd: RawFd) -> io::Result<bool> {
     let no_details = ptr::null::<libc::siginfo_t>();
     // SAFETY: pidfd_send_signal takes integers and a null pointer for "no details".
-    let result = Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            fd,
-            libc::SIGKILL,
-            no_details,
-            0,
-        )
-    });
+    let result = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, no_details, 0) });
     match result {
         Ok(_) => Ok(true),
         Err(Errno::ESRCH) => Ok(false),
@@ -141,10 +142,7 @@ impl Image {
     /// Runs `argv` with this process's environment plus `variables`.
     pub fn new<S: AsRef<OsStr>>(argv: &[S], variables: &[(String, String)]) -> io::Result<Image> {
         if argv.is_empty() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the command is empty: name a program",
-            ));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the command is empty: name a program"));
         }
         let mut environment = Vec::new();
         for (name, value) in std::env::vars_os() {
@@ -155,18 +153,8 @@ impl Image {
         for (name, value) in variables {
             environment.push(variable(OsStr::new(name), OsStr::new(value))?);
         }
-        let argv = argv
-            .iter()
-            .map(|argument| CString::new(argument.as_ref().as_bytes()))
-            .collect::<Result<_, _>>()?;
-        Ok(Image {
-            argv,
-            environment,
-            directory: None,
-            log: None,
-            cgroup: None,
-            oom_score: c"0".into(),
-        })
+        let argv = argv.iter().map(|argument| CString::new(argument.as_ref().as_bytes())).collect::<Result<_, _>>()?;
+        Ok(Image { argv, environment, directory: None, log: None, cgroup: None, oom_score: c"0".into() })
     }
 
     /// Works in this directory.
@@ -270,22 +258,13 @@ pub fn fork_gated(image: &Image) -> io::Result<Gated> {
     // on memory that was prepared above, and never returns.
     let pid = Errno::result(unsafe { libc::fork() })?;
     if pid == 0 {
-        let ends = [
-            gate_end.as_raw_fd(),
-            gate.as_raw_fd(),
-            report_end.as_raw_fd(),
-        ];
+        let ends = [gate_end.as_raw_fd(), gate.as_raw_fd(), report_end.as_raw_fd()];
         // SAFETY: this is the forked child; both arrays end with a null pointer and
         // point into `image`, whose copy lives as long as the child does.
         unsafe { child(image, &argv, &environment, parent, ends) }
     }
     match pidfd_open(pid) {
-        Ok(pidfd) => Ok(Gated {
-            pid,
-            pidfd,
-            gate,
-            report,
-        }),
+        Ok(pidfd) => Ok(Gated { pid, pidfd, gate, report }),
         Err(error) => {
             // The gate closes here, so the child exits by itself and is reaped
             // with the unknown ones.
@@ -349,11 +328,7 @@ unsafe fn child(
 ///
 /// # Safety
 /// As for [`child`].
-unsafe fn become_image(
-    image: &Image,
-    argv: &[*const libc::c_char],
-    environment: &[*const libc::c_char],
-) -> u8 {
+unsafe fn become_image(image: &Image, argv: &[*const libc::c_char], environment: &[*const libc::c_char]) -> u8 {
     let text = |text: &CString| text.as_ptr();
     // SAFETY: as in `child`.
     unsafe {
@@ -455,12 +430,9 @@ pub(crate) mod tests {
     fn a_child_does_nothing_before_its_gate_opens() {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
-        let image = Image::new(
-            &["sh", "-c", "echo $WORD; pwd; exit 3"],
-            &[("WORD".into(), "passed".into())],
-        )
-        .and_then(|image| image.log(&log)?.directory(directory.path()))
-        .unwrap();
+        let image = Image::new(&["sh", "-c", "echo $WORD; pwd; exit 3"], &[("WORD".into(), "passed".into())])
+            .and_then(|image| image.log(&log)?.directory(directory.path()))
+            .unwrap();
         let closed = fork_gated(&image).unwrap();
         let pid = Pid::from_raw(closed.pid);
         drop(closed);
@@ -484,15 +456,11 @@ pub(crate) mod tests {
         let cases = [
             (image, "execute the program"),
             (
-                Image::new(&["true"], &[])
-                    .and_then(|image| image.log(Path::new("/does/not/exist")))
-                    .unwrap(),
+                Image::new(&["true"], &[]).and_then(|image| image.log(Path::new("/does/not/exist"))).unwrap(),
                 "open its log",
             ),
             (
-                Image::new(&["true"], &[])
-                    .and_then(|image| image.cgroup(Path::new("/does/not/exist")))
-                    .unwrap(),
+                Image::new(&["true"], &[]).and_then(|image| image.cgroup(Path::new("/does/not/exist"))).unwrap(),
                 "enter its cgroup",
             ),
         ];
@@ -509,10 +477,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_dead_process_is_no_target() {
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
-            .spawn()
-            .unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pidfd = pidfd_open(child.id().cast_signed()).unwrap();
         assert!(pidfd_kill(pidfd.as_raw_fd()).unwrap());
         assert!(readable(&pidfd, SOON));

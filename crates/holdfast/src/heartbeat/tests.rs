@@ -6,39 +6,18 @@ use crate::realtime::tests::allocations;
 fn pair() -> (Link, Link) {
     let (one, two) = (SecretKey([1; 32]), SecretKey([2; 32]));
     let cluster = Uuid::from_u128(0x5eed);
-    let keeper = Ends {
-        cluster,
-        me: NodeId(1),
-        secret: &one,
-        peer: NodeId(2),
-        public: two.public(),
-    };
-    let agent = Ends {
-        cluster,
-        me: NodeId(2),
-        secret: &two,
-        peer: NodeId(1),
-        public: one.public(),
-    };
-    (
-        Link::new(&keeper, Side::Keeper, 7).unwrap(),
-        Link::new(&agent, Side::Agent, 9).unwrap(),
-    )
+    let keeper = Ends { cluster, me: NodeId(1), secret: &one, peer: NodeId(2), public: two.public() };
+    let agent = Ends { cluster, me: NodeId(2), secret: &two, peer: NodeId(1), public: one.public() };
+    (Link::new(&keeper, Side::Keeper, 7).unwrap(), Link::new(&agent, Side::Agent, 9).unwrap())
 }
 
-const ASK: Message = Message::Heartbeat {
-    sent: BootTime(1_000),
-    echo: 5,
-};
+const ASK: Message = Message::Heartbeat { sent: BootTime(1_000), echo: 5 };
 const GRANT: Message = Message::Grant(Grant {
     incarnation: Incarnation(7),
     sequence: 3,
     sent: BootTime(1_000),
     term: NodeTerm(4),
-    timing: LeaseTiming {
-        length_ms: 1_500,
-        heartbeat_ms: 100,
-    },
+    timing: LeaseTiming { length_ms: 1_500, heartbeat_ms: 100 },
 });
 
 fn open(link: &mut Link, datagram: &[u8]) -> Option<Message> {
@@ -74,31 +53,16 @@ fn both_sides_understand_each_other() {
     let sealed = keeper.seal(2, 3, &ASK);
     assert_eq!(open(&mut agent, sealed.as_bytes()), Some(ASK));
     let header = Header::parse(sealed.as_bytes()).unwrap();
-    assert_eq!(
-        (header.from, header.life, header.counter, header.path),
-        (NodeId(1), 7, 3, 2)
-    );
-    for answer in [
-        GRANT,
-        Message::Challenge {
-            incarnation: Incarnation(7),
-            challenge: 11,
-        },
-    ] {
-        assert_eq!(
-            open(&mut keeper, agent.seal(0, 1, &answer).as_bytes()),
-            Some(answer)
-        );
+    assert_eq!((header.from, header.life, header.counter, header.path), (NodeId(1), 7, 3, 2));
+    for answer in [GRANT, Message::Challenge { incarnation: Incarnation(7), challenge: 11 }] {
+        assert_eq!(open(&mut keeper, agent.seal(0, 1, &answer).as_bytes()), Some(answer));
     }
 }
 
 #[test]
 fn every_changed_bit_is_noticed() {
     let (mut keeper, mut agent) = pair();
-    for (sealed, link) in [
-        (keeper.seal(1, 3, &ASK), &mut agent),
-        (pair().1.seal(0, 8, &GRANT), &mut keeper),
-    ] {
+    for (sealed, link) in [(keeper.seal(1, 3, &ASK), &mut agent), (pair().1.seal(0, 8, &GRANT), &mut keeper)] {
         let length = sealed.as_bytes().len();
         for bit in 0..length * 8 {
             let mut changed = sealed;
@@ -106,11 +70,7 @@ fn every_changed_bit_is_noticed() {
             assert_eq!(open(link, changed.as_bytes()), None, "bit {bit}");
         }
         for shorter in 0..length {
-            assert_eq!(
-                open(link, &sealed.as_bytes()[..shorter]),
-                None,
-                "{shorter} bytes"
-            );
+            assert_eq!(open(link, &sealed.as_bytes()[..shorter]), None, "{shorter} bytes");
         }
     }
 }
@@ -120,20 +80,10 @@ fn a_datagram_is_bound_to_cluster_receiver_and_direction() {
     let (mut keeper, _) = pair();
     let (one, two) = (SecretKey([1; 32]), SecretKey([2; 32]));
     let sealed = keeper.seal(0, 1, &ASK);
-    let ends = Ends {
-        cluster: Uuid::from_u128(1),
-        me: NodeId(2),
-        secret: &two,
-        peer: NodeId(1),
-        public: one.public(),
-    };
+    let ends = Ends { cluster: Uuid::from_u128(1), me: NodeId(2), secret: &two, peer: NodeId(1), public: one.public() };
     let mut elsewhere = Link::new(&ends, Side::Agent, 9).unwrap();
     assert_eq!(open(&mut elsewhere, sealed.as_bytes()), None);
-    let ends = Ends {
-        cluster: Uuid::from_u128(0x5eed),
-        me: NodeId(3),
-        ..ends
-    };
+    let ends = Ends { cluster: Uuid::from_u128(0x5eed), me: NodeId(3), ..ends };
     let mut other_node = Link::new(&ends, Side::Agent, 9).unwrap();
     assert_eq!(open(&mut other_node, sealed.as_bytes()), None);
     assert_eq!(open(&mut keeper, sealed.as_bytes()), None, "reflected");
@@ -142,27 +92,12 @@ fn a_datagram_is_bound_to_cluster_receiver_and_direction() {
 #[test]
 fn a_public_key_of_low_order_is_refused() {
     let secret = SecretKey::generate().unwrap();
-    let ends = Ends {
-        cluster: Uuid::nil(),
-        me: NodeId(1),
-        secret: &secret,
-        peer: NodeId(2),
-        public: [0; 32],
-    };
-    assert_eq!(
-        Link::new(&ends, Side::Keeper, 1).err(),
-        Some(KeyError::Weak { node: NodeId(2) })
-    );
+    let ends = Ends { cluster: Uuid::nil(), me: NodeId(1), secret: &secret, peer: NodeId(2), public: [0; 32] };
+    assert_eq!(Link::new(&ends, Side::Keeper, 1).err(), Some(KeyError::Weak { node: NodeId(2) }));
 }
 
 fn header(life: u64, path: u8, counter: u64) -> Header {
-    Header {
-        kind: 1,
-        path,
-        from: NodeId(1),
-        life,
-        counter,
-    }
+    Header { kind: 1, path, from: NodeId(1), life, counter }
 }
 
 #[test]
@@ -171,25 +106,12 @@ fn a_heartbeat_counts_once_per_path() {
     let Ok(Verdict::Challenge(challenge)) = seen.judge(&header(7, 0, 1), 0) else {
         panic!("an unknown life is challenged");
     };
-    assert_eq!(
-        seen.judge(&header(7, 0, 2), challenge),
-        Ok(Verdict::Fresh(true))
-    );
+    assert_eq!(seen.judge(&header(7, 0, 2), challenge), Ok(Verdict::Fresh(true)));
     assert_eq!(seen.judge(&header(7, 0, 2), challenge), Ok(Verdict::Stale));
-    assert_eq!(
-        seen.judge(&header(7, 1, 2), challenge),
-        Ok(Verdict::Fresh(false))
-    );
+    assert_eq!(seen.judge(&header(7, 1, 2), challenge), Ok(Verdict::Fresh(false)));
     assert_eq!(seen.judge(&header(7, 0, 1), challenge), Ok(Verdict::Stale));
-    assert_eq!(
-        seen.judge(&header(7, 0, 20), challenge),
-        Ok(Verdict::Fresh(false))
-    );
-    assert_eq!(
-        seen.judge(&header(7, 1, 11), challenge),
-        Ok(Verdict::Stale),
-        "kept back on the other path"
-    );
+    assert_eq!(seen.judge(&header(7, 0, 20), challenge), Ok(Verdict::Fresh(false)));
+    assert_eq!(seen.judge(&header(7, 1, 11), challenge), Ok(Verdict::Stale), "kept back on the other path");
 }
 
 #[test]
@@ -198,22 +120,13 @@ fn an_earlier_life_never_comes_back() {
     let Ok(Verdict::Challenge(first)) = seen.judge(&header(7, 0, 1), 0) else {
         panic!("an unknown life is challenged");
     };
-    assert_eq!(
-        seen.judge(&header(7, 0, 2), first),
-        Ok(Verdict::Fresh(true))
-    );
+    assert_eq!(seen.judge(&header(7, 0, 2), first), Ok(Verdict::Fresh(true)));
     let Ok(Verdict::Challenge(second)) = seen.judge(&header(8, 0, 1), 0) else {
         panic!("a second life is challenged");
     };
     assert_ne!(first, second);
-    assert_eq!(
-        seen.judge(&header(8, 0, 2), second),
-        Ok(Verdict::Fresh(true))
-    );
-    assert!(matches!(
-        seen.judge(&header(7, 1, 900), first),
-        Ok(Verdict::Challenge(_))
-    ));
+    assert_eq!(seen.judge(&header(8, 0, 2), second), Ok(Verdict::Fresh(true)));
+    assert!(matches!(seen.judge(&header(7, 1, 900), first), Ok(Verdict::Challenge(_))));
     assert_eq!(seen.life(), Some(Incarnation(8)));
 }
 

@@ -28,15 +28,8 @@ pub struct Agent {
 }
 
 enum State {
-    Down {
-        due: Instant,
-    },
-    Up {
-        pid: i32,
-        pidfd: OwnedFd,
-        report: Report,
-        since: Instant,
-    },
+    Down { due: Instant },
+    Up { pid: i32, pidfd: OwnedFd, report: Report, since: Instant },
 }
 
 impl Agent {
@@ -44,9 +37,7 @@ impl Agent {
     pub fn new(command: Vec<OsString>) -> io::Result<Agent> {
         Ok(Agent {
             image: Image::new(&command, &[])?.oom_score(OOM_SCORE),
-            state: State::Down {
-                due: Instant::now(),
-            },
+            state: State::Down { due: Instant::now() },
             pause: PAUSES.0,
         })
     }
@@ -78,28 +69,18 @@ impl Agent {
         self.state = match started {
             Ok((pid, pidfd, report)) => {
                 tracing::info!(pid, "agent started");
-                State::Up {
-                    pid,
-                    pidfd,
-                    report,
-                    since: now,
-                }
+                State::Up { pid, pidfd, report, since: now }
             }
             Err(error) => {
                 tracing::error!(%error, "cannot start the agent");
-                State::Down {
-                    due: now + self.longer_pause(),
-                }
+                State::Down { due: now + self.longer_pause() }
             }
         };
     }
 
     /// Takes note of a child's end; `false` when it was another child.
     pub fn ended(&mut self, ended: i32, exit: Exit) -> bool {
-        let State::Up {
-            pid, report, since, ..
-        } = &mut self.state
-        else {
+        let State::Up { pid, report, since, .. } = &mut self.state else {
             return false;
         };
         if *pid != ended {
@@ -119,9 +100,7 @@ impl Agent {
             }
             _ => tracing::warn!(%exit, ?pause, "the agent ended"),
         }
-        self.state = State::Down {
-            due: Instant::now() + pause,
-        };
+        self.state = State::Down { due: Instant::now() + pause };
         true
     }
 

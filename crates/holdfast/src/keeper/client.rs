@@ -69,10 +69,7 @@ impl KeeperClient {
         let stream = tokio::time::timeout(deadline, UnixStream::connect(path))
             .await
             .map_err(|_| ClientError::Deadline(deadline))?
-            .map_err(|source| ClientError::Connect {
-                path: path.to_owned(),
-                source,
-            })?;
+            .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
         let (read, write) = stream.into_split();
         let (events, received) = mpsc::channel(EVENTS);
         let waiting = Waiting::new(Mutex::new(Some(HashMap::new())));
@@ -80,20 +77,14 @@ impl KeeperClient {
             let connection = Connection(waiting.clone());
             async move { read_all(read, &connection.0, &events).await }
         });
-        let client = KeeperClient {
-            writer: tokio::sync::Mutex::new(write),
-            waiting,
-            next: AtomicU64::new(1),
-            reader,
-        };
+        let client = KeeperClient { writer: tokio::sync::Mutex::new(write), waiting, next: AtomicU64::new(1), reader };
         Ok((client, received))
     }
 
     /// Asks, and waits for the reply at most `deadline`.
     pub async fn call(&self, request: Request, deadline: Duration) -> Result<Reply, ClientError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let mut line =
-            serde_json::to_vec(&Call { id, request }).map_err(|_| ClientError::Closed)?;
+        let mut line = serde_json::to_vec(&Call { id, request }).map_err(|_| ClientError::Closed)?;
         line.push(b'\n');
         if line.len() > LONGEST_LINE {
             return Err(ClientError::TooLong { bytes: line.len() });
@@ -116,14 +107,8 @@ impl KeeperClient {
 
     async fn write(&self, line: Vec<u8>) -> Result<(), ClientError> {
         let mut writer = self.writer.lock().await;
-        let mut cut = HangUp {
-            reader: &self.reader,
-            armed: true,
-        };
-        writer
-            .write_all(&line)
-            .await
-            .map_err(|_| ClientError::Closed)?;
+        let mut cut = HangUp { reader: &self.reader, armed: true };
+        writer.write_all(&line).await.map_err(|_| ClientError::Closed)?;
         cut.armed = false;
         Ok(())
     }

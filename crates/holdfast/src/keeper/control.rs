@@ -55,12 +55,7 @@ impl Control {
         umask(before);
         let listener = listener?;
         listener.set_nonblocking(true)?;
-        Ok(Control {
-            path: path.to_owned(),
-            listener,
-            clients: BTreeMap::new(),
-            next: 1,
-        })
+        Ok(Control { path: path.to_owned(), listener, clients: BTreeMap::new(), next: 1 })
     }
 
     /// What to poll the listener for.
@@ -89,12 +84,7 @@ impl Control {
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            let client = Client {
-                stream,
-                received: Vec::new(),
-                unsent: Vec::new(),
-                subscribed: false,
-            };
+            let client = Client { stream, received: Vec::new(), unsent: Vec::new(), subscribed: false };
             self.clients.insert(self.next, client);
             self.next += 1;
         }
@@ -108,23 +98,12 @@ impl Control {
         let open = client.fill();
         let mut calls = Vec::new();
         let mut start = 0;
-        while let Some(length) = client.received[start..]
-            .iter()
-            .position(|byte| *byte == b'\n')
-        {
+        while let Some(length) = client.received[start..].iter().position(|byte| *byte == b'\n') {
             let line = &client.received[start..start + length];
             start += length + 1;
             calls.push(match serde_json::from_slice::<Call>(line) {
-                Ok(call) => Ok((
-                    Asked {
-                        client: id,
-                        id: call.id,
-                    },
-                    call,
-                )),
-                Err(error) => Err(Refusal::Malformed {
-                    why: error.to_string(),
-                }),
+                Ok(call) => Ok((Asked { client: id, id: call.id }, call)),
+                Err(error) => Err(Refusal::Malformed { why: error.to_string() }),
             });
         }
         client.received.drain(..start);
@@ -136,11 +115,7 @@ impl Control {
 
     /// Sends a client what it did not take before.
     pub fn flush(&mut self, id: u64) {
-        if self
-            .clients
-            .get_mut(&id)
-            .is_some_and(|client| !client.flush())
-        {
+        if self.clients.get_mut(&id).is_some_and(|client| !client.flush()) {
             self.clients.remove(&id);
         }
     }

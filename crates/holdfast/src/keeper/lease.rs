@@ -77,17 +77,11 @@ struct Peer {
 
 impl Heartbeating {
     /// Opens the sockets and derives the keys.
-    pub fn new(
-        configuration: &Configuration,
-        life: Incarnation,
-    ) -> Result<Heartbeating, HeartbeatingError> {
+    pub fn new(configuration: &Configuration, life: Incarnation) -> Result<Heartbeating, HeartbeatingError> {
         let wanted = || configuration.peers.iter().flat_map(|peer| &peer.addresses);
         let mut bind = configuration.bind.clone();
         if bind.is_empty() {
-            let any = [
-                SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-                SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
-            ];
+            let any = [SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)), SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))];
             let used = |any: &SocketAddr| wanted().any(|to| to.is_ipv4() == any.is_ipv4());
             bind.extend(any.into_iter().filter(used));
         }
@@ -98,18 +92,12 @@ impl Heartbeating {
                 socket.set_nonblocking(true)?;
                 Ok(socket)
             };
-            sockets.push(open().map_err(|source| HeartbeatingError::Bind {
-                address: *address,
-                source,
-            })?);
+            sockets.push(open().map_err(|source| HeartbeatingError::Bind { address: *address, source })?);
         }
         let mut peers = Vec::new();
         for peer in &configuration.peers {
             if peer.addresses.len() > PATHS {
-                return Err(HeartbeatingError::TooManyAddresses {
-                    node: peer.node,
-                    count: peer.addresses.len(),
-                });
+                return Err(HeartbeatingError::TooManyAddresses { node: peer.node, count: peer.addresses.len() });
             }
             let ends = Ends {
                 cluster: configuration.cluster,
@@ -131,11 +119,7 @@ impl Heartbeating {
                 challenged: (0, 0),
             });
         }
-        Ok(Heartbeating {
-            sockets,
-            peers,
-            period_ms: configuration.heartbeat_ms.clamp(PERIOD_MS.0, PERIOD_MS.1),
-        })
+        Ok(Heartbeating { sockets, peers, period_ms: configuration.heartbeat_ms.clamp(PERIOD_MS.0, PERIOD_MS.1) })
     }
 }
 
@@ -294,9 +278,7 @@ impl LeaseThread {
             match message {
                 ToLease::Ask(asking) => {
                     for socket in &asking.sockets {
-                        let _ = self
-                            .epoll
-                            .add(socket, EpollEvent::new(EpollFlags::EPOLLIN, 0));
+                        let _ = self.epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, 0));
                     }
                     let before = self.asking.replace(asking);
                     if let Some(before) = before {
@@ -334,18 +316,12 @@ impl LeaseThread {
             return;
         };
         let Heartbeating { sockets, peers, .. } = asking;
-        let Some(peer) = peers
-            .iter_mut()
-            .find(|peer| peer.link.peer() == header.from)
-        else {
+        let Some(peer) = peers.iter_mut().find(|peer| peer.link.peer() == header.from) else {
             return;
         };
         match peer.link.open(&header, datagram) {
             Some(Message::Grant(grant)) => self.granted(&grant),
-            Some(Message::Challenge {
-                incarnation,
-                challenge,
-            }) => {
+            Some(Message::Challenge { incarnation, challenge }) => {
                 let (life, counter) = peer.challenged;
                 let replayed = life == header.life && header.counter <= counter;
                 if incarnation != self.lease.incarnation() || replayed {
@@ -406,11 +382,7 @@ impl LeaseThread {
         let killed = self.table.kill_all();
         let late_us = boot_time().0.saturating_sub(ended.0) / 1_000;
         self.table.ended(late_us);
-        self.tell(FromLease::Lost {
-            term,
-            killed,
-            late_us,
-        });
+        self.tell(FromLease::Lost { term, killed, late_us });
     }
 
     fn beat(&mut self, now: BootTime) {
@@ -448,18 +420,14 @@ impl LeaseThread {
 /// An address that cannot be reached right now is tried again at the next beat.
 fn send(sockets: &[UdpSocket], peer: &Peer, sequence: u64, now: BootTime) {
     for (path, (address, socket)) in (0..).zip(&peer.addresses) {
-        let message = Message::Heartbeat {
-            sent: now,
-            echo: peer.echo,
-        };
+        let message = Message::Heartbeat { sent: now, echo: peer.echo };
         let sealed = peer.link.seal(path, sequence, &message);
         if let Some(socket) = sockets.get(*socket) {
             while socket
                 .send_to(sealed.as_bytes(), address)
                 .err()
                 .is_some_and(|error| error.raw_os_error() == Some(Errno::EINTR as i32))
-            {
-            }
+            {}
         }
     }
 }

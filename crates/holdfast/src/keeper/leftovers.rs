@@ -52,29 +52,19 @@ impl Records {
         let directory = run_dir.join("vms");
         fs::create_dir_all(&directory)?;
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        Ok(Records {
-            directory,
-            boot: boot.trim().to_owned(),
-        })
+        Ok(Records { directory, boot: boot.trim().to_owned() })
     }
 
     fn file(&self, tag: Tag) -> PathBuf {
-        self.directory
-            .join(format!("{}-{}.json", tag.vm, tag.epoch))
+        self.directory.join(format!("{}-{}.json", tag.vm, tag.epoch))
     }
 
     /// Records a process that was just forked and not waited for yet.
     pub fn write(&self, tag: Tag, pid: i32) -> io::Result<()> {
-        let start_ticks = start_ticks(pid)?.ok_or_else(|| {
-            io::Error::other(format!("process {pid} ended before it was recorded"))
-        })?;
+        let start_ticks =
+            start_ticks(pid)?.ok_or_else(|| io::Error::other(format!("process {pid} ended before it was recorded")))?;
         let boot = self.boot.clone();
-        let record = ProcessRecord {
-            tag,
-            pid,
-            start_ticks,
-            boot,
-        };
+        let record = ProcessRecord { tag, pid, start_ticks, boot };
         let file = self.file(tag);
         let unfinished = file.with_extension("new");
         fs::write(&unfinished, serde_json::to_vec(&record)?)?;
@@ -151,10 +141,7 @@ impl Records {
         };
         // ESRCH is no proof for a process that is being torn down: its pidfd is.
         let _ = pidfd_kill(pidfd.as_raw_fd());
-        let mut fds = [PollFd::new(
-            std::os::fd::AsFd::as_fd(pidfd),
-            PollFlags::POLLIN,
-        )];
+        let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(pidfd), PollFlags::POLLIN)];
         let gone = nix::poll::poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready == 1);
         gone && self.forget(leftover)
     }
@@ -191,9 +178,7 @@ fn start_ticks(pid: i32) -> io::Result<Option<u64>> {
     // The second field is the program's name in parentheses and may contain both.
     let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
     let ticks = fields.and_then(|fields| fields.split_whitespace().nth(19)?.parse().ok());
-    ticks
-        .map(Some)
-        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
+    ticks.map(Some).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
 }
 
 #[cfg(test)]
@@ -205,10 +190,7 @@ mod tests {
 
     use super::*;
 
-    const TAG: Tag = Tag {
-        vm: VmId(uuid::Uuid::nil()),
-        epoch: Epoch(3),
-    };
+    const TAG: Tag = Tag { vm: VmId(uuid::Uuid::nil()), epoch: Epoch(3) };
 
     fn sleep() -> Child {
         Command::new("sleep").arg("60").spawn().unwrap()
@@ -232,10 +214,7 @@ mod tests {
             std::thread::yield_now();
         }
         let status = child.wait().unwrap();
-        assert_eq!(
-            std::os::unix::process::ExitStatusExt::signal(&status),
-            Some(9)
-        );
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
         assert!(!records.file(TAG).exists());
     }
 

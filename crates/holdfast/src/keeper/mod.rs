@@ -91,9 +91,7 @@ pub struct KeeperConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum KeeperError {
     /// One keeper per run directory.
-    #[error(
-        "another keeper runs in {run_dir}: stop it first, or give this one a run directory of its own"
-    )]
+    #[error("another keeper runs in {run_dir}: stop it first, or give this one a run directory of its own")]
     AlreadyRunning {
         /// The directory.
         run_dir: PathBuf,
@@ -201,9 +199,7 @@ impl Keeper {
         }
         let signals = mask
             .thread_block()
-            .and_then(|()| {
-                SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
-            })
+            .and_then(|()| SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC))
             .map_err(|errno| system("signalfd")(errno.into()))?;
         let socket = run_dir.join(SOCKET);
         let control = Control::listen(&socket).map_err(file(&socket))?;
@@ -244,11 +240,7 @@ impl Keeper {
         fds.extend(reports.map(|report| PollFd::new(report, readable)));
         let clients: Vec<_> = self.control.clients().collect();
         let first = fds.len();
-        fds.extend(
-            clients
-                .iter()
-                .map(|(_, stream, interest)| PollFd::new(*stream, *interest)),
-        );
+        fds.extend(clients.iter().map(|(_, stream, interest)| PollFd::new(*stream, *interest)));
         let timeout = self.deadline().map_or(PollTimeout::NONE, |at| {
             // Rounded up: waking a moment early would mean waking twice.
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -257,10 +249,7 @@ impl Keeper {
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => {
-                return Err(KeeperError::System {
-                    what: "poll",
-                    source: errno.into(),
-                });
+                return Err(KeeperError::System { what: "poll", source: errno.into() });
             }
         }
         let ready = |index: usize| fds[first + index].revents().unwrap_or(PollFlags::POLLIN);
@@ -319,11 +308,7 @@ impl Keeper {
                     tracing::info!(%term, "lease gained: VMs may run");
                     self.control.publish(Event::LeaseGained { term });
                 }
-                FromLease::Lost {
-                    term,
-                    killed,
-                    late_us,
-                } => {
+                FromLease::Lost { term, killed, late_us } => {
                     tracing::warn!(%term, killed, late_us, "lease lost: all VMs were killed");
                     self.control.publish(Event::LeaseLost { term, killed });
                 }
@@ -360,11 +345,7 @@ impl Keeper {
         };
         tracing::info!(vm = %tag.vm, epoch = %tag.epoch, %exit, "QEMU ended");
         self.answer(due);
-        self.control.publish(Event::Exited {
-            vm: tag.vm,
-            epoch: tag.epoch,
-            exit,
-        });
+        self.control.publish(Event::Exited { vm: tag.vm, epoch: tag.epoch, exit });
         // The lease thread may be waiting for the last one to be dead.
         let _ = self.lease.wake.write(1);
     }
@@ -429,10 +410,8 @@ impl Keeper {
         {
             return Err(Refusal::OtherIdentity { cluster, node });
         }
-        let heartbeating =
-            Heartbeating::new(configuration, self.life).map_err(|error| Refusal::Unusable {
-                why: error.to_string(),
-            })?;
+        let heartbeating = Heartbeating::new(configuration, self.life)
+            .map_err(|error| Refusal::Unusable { why: error.to_string() })?;
         self.identity = Some(wanted);
         self.configured = Some(Box::new(heartbeating));
         self.hand_over_configuration();
@@ -445,11 +424,7 @@ impl Keeper {
             return;
         }
         if let Some(configured) = self.configured.take()
-            && self
-                .lease
-                .outbox
-                .try_send(ToLease::Ask(configured))
-                .is_err()
+            && self.lease.outbox.try_send(ToLease::Ask(configured)).is_err()
         {
             tracing::error!("the lease thread does not take a new configuration");
         }
@@ -461,8 +436,7 @@ impl Keeper {
             return;
         }
         let records = self.vms.records();
-        self.leftovers
-            .retain_mut(|leftover| !records.dead(leftover));
+        self.leftovers.retain_mut(|leftover| !records.dead(leftover));
         if self.leftovers.is_empty() {
             tracing::info!("everything that an earlier keeper ran is dead");
             self.hand_over_configuration();
@@ -521,25 +495,17 @@ impl Keeper {
 fn lock(run_dir: &Path) -> Result<Flock<File>, KeeperError> {
     let path = run_dir.join("keeper.lock");
     let deadline = Instant::now() + HANDOVER;
-    let mut file = File::create(&path).map_err(|source| KeeperError::File {
-        path: path.clone(),
-        source,
-    })?;
+    let mut file = File::create(&path).map_err(|source| KeeperError::File { path: path.clone(), source })?;
     loop {
         // Not blocking, because that has no deadline.
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
             Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= deadline => {
-                return Err(KeeperError::AlreadyRunning {
-                    run_dir: run_dir.to_owned(),
-                });
+                return Err(KeeperError::AlreadyRunning { run_dir: run_dir.to_owned() });
             }
             Err((same, Errno::EWOULDBLOCK | Errno::EINTR)) => file = same,
             Err((_, errno)) => {
-                return Err(KeeperError::File {
-                    path,
-                    source: errno.into(),
-                });
+                return Err(KeeperError::File { path, source: errno.into() });
             }
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -554,12 +520,7 @@ fn start_lease_thread(life: Incarnation, table: &Arc<Table>) -> io::Result<Lease
     let (wake, notify) = (bell()?, bell()?);
     let (outbox, their_inbox) = sync_channel(QUEUE);
     let (their_outbox, inbox) = sync_channel(QUEUE);
-    let lines = Lines {
-        inbox: their_inbox,
-        wake: wake.clone(),
-        outbox: their_outbox,
-        notify: notify.clone(),
-    };
+    let lines = Lines { inbox: their_inbox, wake: wake.clone(), outbox: their_outbox, notify: notify.clone() };
     let state = LeaseThread::new(life, table.clone(), lines)?;
     let thread = std::thread::Builder::new()
         .name("lease".into())
@@ -575,11 +536,5 @@ fn start_lease_thread(life: Incarnation, table: &Arc<Table>) -> io::Result<Lease
                 std::process::abort();
             }
         })?;
-    Ok(LeaseLine {
-        thread,
-        outbox,
-        wake,
-        inbox,
-        notify,
-    })
+    Ok(LeaseLine { thread, outbox, wake, inbox, notify })
 }

@@ -258,9 +258,7 @@ pub enum Event {
 #[serde(rename_all = "snake_case")]
 pub enum Refusal {
     /// The node may not run VMs now.
-    #[error(
-        "this node holds no lease, so no VM may start here: wait until the coordinator grants one"
-    )]
+    #[error("this node holds no lease, so no VM may start here: wait until the coordinator grants one")]
     NoLease,
     /// The right to start was given in another term of the node.
     #[error("the start was permitted in another term of this node, which is in term {current} now")]

@@ -131,10 +131,7 @@ impl Table {
 
     /// Main thread: from now on the lease thread kills this process, too.
     pub fn publish(&self, pidfd: OwnedFd) -> Result<Published, OwnedFd> {
-        let free = self
-            .pidfds
-            .iter()
-            .position(|slot| slot.load(SeqCst) == FREE);
+        let free = self.pidfds.iter().position(|slot| slot.load(SeqCst) == FREE);
         match free {
             Some(slot) => {
                 self.pidfds[slot].store(pidfd.as_raw_fd(), SeqCst);
@@ -148,10 +145,7 @@ impl Table {
     /// [`Table::passed`] says that no killing pass uses its number any more.
     pub fn withdraw(&self, published: Published) -> Withdrawn {
         self.pidfds[published.slot].store(FREE, SeqCst);
-        Withdrawn {
-            _pidfd: published.pidfd,
-            pass: self.passes.load(SeqCst),
-        }
+        Withdrawn { _pidfd: published.pidfd, pass: self.passes.load(SeqCst) }
     }
 
     /// Main thread: whether a withdrawn pidfd may be closed.
@@ -209,10 +203,7 @@ mod tests {
         assert_eq!(table.permit(NodeTerm(0)), Err(Refusal::NoLease));
         table.gain(NodeTerm(3), later());
         let current = NodeTerm(3);
-        assert_eq!(
-            table.permit(NodeTerm(2)),
-            Err(Refusal::WrongTerm { current })
-        );
+        assert_eq!(table.permit(NodeTerm(2)), Err(Refusal::WrongTerm { current }));
         let permit = table.permit(current).unwrap();
         assert!(table.lasts(permit));
         table.close();
@@ -232,10 +223,7 @@ mod tests {
     #[test]
     fn what_is_published_is_killed_and_only_its_withdrawal_is_its_death() {
         let table = Table::new();
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
-            .spawn()
-            .unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pidfd = pidfd_open(child.id().cast_signed()).unwrap();
         let published = table.publish(pidfd).unwrap();
         assert_eq!(table.kill_all(), 1);
@@ -251,9 +239,7 @@ mod tests {
     fn a_full_table_gives_the_process_back() {
         let table = Table::new();
         let own = || pidfd_open(std::process::id().cast_signed()).unwrap();
-        let all: Vec<_> = (0..CAPACITY)
-            .map(|_| table.publish(own()).unwrap())
-            .collect();
+        let all: Vec<_> = (0..CAPACITY).map(|_| table.publish(own()).unwrap()).collect();
         assert!(table.publish(own()).is_err());
         assert_eq!(all.len(), CAPACITY);
     }

@@ -37,49 +37,24 @@ async fn each_epoch_starts_once() {
     let mut keeper = lab.keeper().await;
     lab.grant(&mut keeper, 1).await;
     let current = NodeTerm(1);
-    assert_eq!(
-        keeper.ask(lab.start(1, 5, 2)).await,
-        Err(Refusal::WrongTerm { current })
-    );
+    assert_eq!(keeper.ask(lab.start(1, 5, 2)).await, Err(Refusal::WrongTerm { current }));
 
     let process = keeper.started(lab.start(1, 5, 1)).await;
     let epoch = Epoch(5);
-    assert_eq!(
-        keeper.ask(lab.start(1, 6, 1)).await,
-        Err(Refusal::AlreadyRunning { epoch })
-    );
-    assert_eq!(
-        keeper.ask(Request::Forget(tag(1, 5))).await,
-        Err(Refusal::AlreadyRunning { epoch })
-    );
+    assert_eq!(keeper.ask(lab.start(1, 6, 1)).await, Err(Refusal::AlreadyRunning { epoch }));
+    assert_eq!(keeper.ask(Request::Forget(tag(1, 5))).await, Err(Refusal::AlreadyRunning { epoch }));
     let dead = Ok(Reply::Dead { exit: KILLED });
     assert_eq!(keeper.ask(Request::Kill(tag(1, 5))).await, dead);
     assert!(readable(&process, Duration::ZERO));
     assert_eq!(keeper.event().await, exited(1, 5, KILLED));
     let last = Epoch(5);
-    assert_eq!(
-        keeper.ask(lab.start(1, 5, 1)).await,
-        Err(Refusal::EpochUsed { last })
-    );
-    assert_eq!(
-        keeper.ask(lab.start(1, 4, 1)).await,
-        Err(Refusal::EpochUsed { last })
-    );
-    assert_eq!(
-        keeper.ask(Request::Kill(tag(1, 5))).await,
-        dead,
-        "asked again"
-    );
+    assert_eq!(keeper.ask(lab.start(1, 5, 1)).await, Err(Refusal::EpochUsed { last }));
+    assert_eq!(keeper.ask(lab.start(1, 4, 1)).await, Err(Refusal::EpochUsed { last }));
+    assert_eq!(keeper.ask(Request::Kill(tag(1, 5))).await, dead, "asked again");
     let vms = keeper.list().await;
     assert_eq!((vms.len(), vms[0].epoch), (1, epoch));
-    assert!(matches!(
-        vms[0].state,
-        ProcessState::Exited { exit: KILLED, .. }
-    ));
-    assert_eq!(
-        keeper.ask(Request::Forget(tag(1, 5))).await,
-        Ok(Reply::Done)
-    );
+    assert!(matches!(vms[0].state, ProcessState::Exited { exit: KILLED, .. }));
+    assert_eq!(keeper.ask(Request::Forget(tag(1, 5))).await, Ok(Reply::Done));
     assert_eq!(keeper.list().await, vec![]);
     assert_eq!(
         keeper.ask(lab.start(1, 5, 1)).await,
@@ -87,20 +62,11 @@ async fn each_epoch_starts_once() {
         "forgetting the process does not give the epoch back"
     );
 
-    assert_eq!(
-        keeper.ask(Request::Retire(tag(1, 6))).await,
-        Ok(Reply::Done)
-    );
+    assert_eq!(keeper.ask(Request::Retire(tag(1, 6))).await, Ok(Reply::Done));
     let last = Epoch(6);
-    assert_eq!(
-        keeper.ask(lab.start(1, 6, 1)).await,
-        Err(Refusal::EpochUsed { last })
-    );
+    assert_eq!(keeper.ask(lab.start(1, 6, 1)).await, Err(Refusal::EpochUsed { last }));
     keeper.started(lab.start(1, 7, 1)).await;
-    assert_eq!(
-        keeper.ask(Request::Kill(tag(9, 1))).await,
-        Err(Refusal::NotFound)
-    );
+    assert_eq!(keeper.ask(Request::Kill(tag(9, 1))).await, Err(Refusal::NotFound));
 }
 
 #[tokio::test]
@@ -108,9 +74,7 @@ async fn a_process_that_cannot_start_or_ends_by_itself_says_how() {
     let lab = Lab::new();
     let mut keeper = lab.keeper().await;
     lab.grant(&mut keeper, 1).await;
-    let refused = keeper
-        .ask(lab.start_program(1, 1, 1, &["/does/not/exist"]))
-        .await;
+    let refused = keeper.ask(lab.start_program(1, 1, 1, &["/does/not/exist"])).await;
     let Err(Refusal::StartFailed { step, error }) = refused else {
         panic!("{refused:?}");
     };
@@ -120,19 +84,11 @@ async fn a_process_that_cannot_start_or_ends_by_itself_says_how() {
 
     let said = "echo to the log: $HOLDFAST_TEST >&2; exit 3";
     let request = lab.start_program(2, 1, 1, &["sh", "-c", said]);
-    assert!(matches!(
-        keeper.ask(request).await,
-        Ok(Reply::Started { .. })
-    ));
+    assert!(matches!(keeper.ask(request).await, Ok(Reply::Started { .. })));
     assert_eq!(keeper.event().await, exited(2, 1, Exit::Status(3)));
     let log = fs::read_to_string(lab.directory.path().join("vm.log")).unwrap();
     assert_eq!(log, "to the log: yes\n");
-    assert!(
-        fs::read_dir(lab.run_dir().join("vms"))
-            .unwrap()
-            .next()
-            .is_none()
-    );
+    assert!(fs::read_dir(lab.run_dir().join("vms")).unwrap().next().is_none());
 }
 
 #[tokio::test]
@@ -142,9 +98,7 @@ async fn when_the_lease_ends_its_vms_are_dead_before_the_coordinator_counts_on_i
     lab.grant(&mut keeper, 1).await;
     let one = keeper.started(lab.start(1, 1, 1)).await;
     let two = keeper.started(lab.start(2, 1, 1)).await;
-    lab.leases
-        .update(&lab.admit(keeper.life, 1), DEFAULT_PROFILE)
-        .unwrap();
+    lab.leases.update(&lab.admit(keeper.life, 1), DEFAULT_PROFILE).unwrap();
     let deadline = Instant::now() + SOON;
     while keeper.hello().await.lease.ends_in_ms < TIMING.length_ms {
         assert!(Instant::now() < deadline, "the longer lease never came");
@@ -165,25 +119,17 @@ async fn when_the_lease_ends_its_vms_are_dead_before_the_coordinator_counts_on_i
         seen.push(keeper.event().await);
     }
     let (term, killed) = (NodeTerm(1), 2);
-    assert!(
-        seen.contains(&Event::LeaseLost { term, killed }),
-        "{seen:?}"
-    );
+    assert!(seen.contains(&Event::LeaseLost { term, killed }), "{seen:?}");
     let late_us = keeper.hello().await.lease.last_late_us.unwrap();
     let spare_ms = bound.ms_since(died);
     eprintln!("killed {late_us} us after the lease's end, dead {spare_ms} ms before the bound");
     assert!(late_us < 20_000, "killed {late_us} us late");
     // The lease ended the margin before the bound, or a little more.
-    assert!(
-        spare_ms <= DEFAULT_PROFILE.margin_ms() + 50,
-        "before its time"
-    );
+    assert!(spare_ms <= DEFAULT_PROFILE.margin_ms() + 50, "before its time");
     assert!(seen.contains(&exited(1, 1, KILLED)) && seen.contains(&exited(2, 1, KILLED)));
     let refused = keeper.ask(lab.start(1, 2, 1)).await;
     assert_eq!(refused, Err(Refusal::NoLease));
-    wait_for(&lab.leases, "condemned", |views| {
-        views[0].lease.unwrap().condemned
-    });
+    wait_for(&lab.leases, "condemned", |views| views[0].lease.unwrap().condemned);
 }
 
 #[tokio::test]
@@ -192,9 +138,7 @@ async fn a_new_term_counts_only_when_the_vms_of_the_last_are_dead() {
     let mut keeper = lab.keeper().await;
     lab.grant(&mut keeper, 1).await;
     let process = keeper.started(lab.start(1, 1, 1)).await;
-    lab.leases
-        .update(&lab.admit(keeper.life, 2), TIMING)
-        .unwrap();
+    lab.leases.update(&lab.admit(keeper.life, 2), TIMING).unwrap();
     let mut seen = vec![];
     loop {
         let event = keeper.event().await;
@@ -203,20 +147,11 @@ async fn a_new_term_counts_only_when_the_vms_of_the_last_are_dead() {
         }
         seen.push(event);
     }
-    assert!(
-        readable(&process, Duration::ZERO),
-        "dead before the lease counted"
-    );
+    assert!(readable(&process, Duration::ZERO), "dead before the lease counted");
     let (term, killed) = (NodeTerm(1), 1);
-    assert!(
-        seen.contains(&Event::LeaseLost { term, killed }),
-        "{seen:?}"
-    );
+    assert!(seen.contains(&Event::LeaseLost { term, killed }), "{seen:?}");
     let current = NodeTerm(2);
-    assert_eq!(
-        keeper.ask(lab.start(1, 2, 1)).await,
-        Err(Refusal::WrongTerm { current })
-    );
+    assert_eq!(keeper.ask(lab.start(1, 2, 1)).await, Err(Refusal::WrongTerm { current }));
     keeper.started(lab.start(1, 2, 2)).await;
 }
 
@@ -237,9 +172,7 @@ async fn children_die_with_their_keeper() {
     let keeper = lab.keeper().await;
     assert_ne!(keeper.life, first);
     assert_eq!(keeper.ask(lab.configure()).await, Ok(Reply::Done));
-    wait_for(&lab.leases, "the second life", |views| {
-        views[0].heard.is_some_and(|(life, _)| life == keeper.life)
-    });
+    wait_for(&lab.leases, "the second life", |views| views[0].heard.is_some_and(|(life, _)| life == keeper.life));
 }
 
 #[tokio::test]
@@ -256,34 +189,20 @@ async fn what_an_earlier_keeper_left_is_dead_before_a_lease_is_asked_for() {
     let status = left.wait().unwrap();
     assert_eq!(status.signal(), Some(9));
     let nodes = lab.admit(keeper.life, 1);
-    lab.leases
-        .become_coordinator(boot_time(), &nodes, TIMING, TIMING)
-        .unwrap();
+    lab.leases.become_coordinator(boot_time(), &nodes, TIMING, TIMING).unwrap();
     lab.leases.set_authority(FOREVER);
     assert_eq!(keeper.ask(lab.configure()).await, Ok(Reply::Done));
     let greeting = keeper.hello().await;
     assert_eq!(greeting.leftovers.len(), 1);
-    assert!(
-        greeting.leftovers[0].contains("unreadable.json"),
-        "{greeting:?}"
-    );
-    wait_for(&lab.leases, "silence", |views| {
-        views[0].lease.unwrap().condemned
-    });
+    assert!(greeting.leftovers[0].contains("unreadable.json"), "{greeting:?}");
+    wait_for(&lab.leases, "silence", |views| views[0].lease.unwrap().condemned);
     assert_eq!(lab.leases.snapshot()[0].heard, None);
 
     // An operator says that nothing runs, and the coordinator admits the keeper anew.
     fs::remove_file(&unreadable).unwrap();
-    wait_for(&lab.leases, "its heartbeat", |views| {
-        views[0].heard.is_some()
-    });
-    lab.leases
-        .update(&lab.admit(keeper.life, 2), TIMING)
-        .unwrap();
-    assert_eq!(
-        keeper.event().await,
-        Event::LeaseGained { term: NodeTerm(2) }
-    );
+    wait_for(&lab.leases, "its heartbeat", |views| views[0].heard.is_some());
+    lab.leases.update(&lab.admit(keeper.life, 2), TIMING).unwrap();
+    assert_eq!(keeper.event().await, Event::LeaseGained { term: NodeTerm(2) });
 }
 
 #[tokio::test]
@@ -295,9 +214,7 @@ async fn the_agent_is_restarted_and_a_frozen_one_does_not_matter() {
     kill(Pid::from_raw(lab.agent(1).await), Signal::SIGKILL).unwrap();
     let second = Pid::from_raw(lab.agent(2).await);
     kill(second, Signal::SIGSTOP).unwrap();
-    let alive = tokio::task::spawn_blocking(move || {
-        !readable(&process, Duration::from_millis(3 * TIMING.length_ms))
-    });
+    let alive = tokio::task::spawn_blocking(move || !readable(&process, Duration::from_millis(3 * TIMING.length_ms)));
     assert!(alive.await.unwrap(), "the VM lives on");
     assert!(keeper.hello().await.lease.held);
     kill(second, Signal::SIGKILL).unwrap();
@@ -323,35 +240,21 @@ async fn one_keeper_per_run_directory_and_one_node_per_keeper() {
     let lab = Lab::new();
     let mut keeper = lab.keeper().await;
     lab.grant(&mut keeper, 1).await;
-    let Request::Configure(configuration) = lab.configure() else {
-        unreachable!()
-    };
+    let Request::Configure(configuration) = lab.configure() else { unreachable!() };
     let node = NodeId(2);
-    let other = Configuration {
-        node,
-        ..configuration.clone()
-    };
-    let refused = Err(Refusal::OtherIdentity {
-        cluster: CLUSTER,
-        node: NODE,
-    });
+    let other = Configuration { node, ..configuration.clone() };
+    let refused = Err(Refusal::OtherIdentity { cluster: CLUSTER, node: NODE });
     assert_eq!(keeper.ask(Request::Configure(other)).await, refused);
     let mut weak = configuration;
     weak.peers[0].public = [0; 32];
     let refused = keeper.ask(Request::Configure(weak)).await;
-    assert!(
-        matches!(refused, Err(Refusal::Unusable { .. })),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(Refusal::Unusable { .. })), "{refused:?}");
 
     let second = tokio::task::spawn_blocking({
         let run_dir = lab.run_dir();
         move || lock(&run_dir).map(drop)
     });
-    assert!(matches!(
-        second.await.unwrap(),
-        Err(KeeperError::AlreadyRunning { .. })
-    ));
+    assert!(matches!(second.await.unwrap(), Err(KeeperError::AlreadyRunning { .. })));
     assert!(keeper.hello().await.lease.held, "undisturbed");
 }
 
@@ -362,38 +265,17 @@ async fn a_line_that_is_no_request_is_answered_and_a_second_client_sees_the_same
     let mut keeper = lab.keeper().await;
     lab.grant(&mut keeper, 1).await;
     keeper.started(lab.start(1, 1, 1)).await;
-    let mut stream = tokio::net::UnixStream::connect(lab.run_dir().join(SOCKET))
-        .await
-        .unwrap();
-    stream
-        .write_all(b"{\"id\":3}\n{\"id\":4,\"request\":\"list\"}\n")
-        .await
-        .unwrap();
+    let mut stream = tokio::net::UnixStream::connect(lab.run_dir().join(SOCKET)).await.unwrap();
+    stream.write_all(b"{\"id\":3}\n{\"id\":4,\"request\":\"list\"}\n").await.unwrap();
     let mut lines = BufReader::new(stream).lines();
     let mut next = async || {
-        let line = tokio::time::timeout(SOON, lines.next_line())
-            .await
-            .unwrap()
-            .unwrap()
-            .unwrap();
+        let line = tokio::time::timeout(SOON, lines.next_line()).await.unwrap().unwrap().unwrap();
         serde_json::from_str::<ToClient>(&line).unwrap()
     };
-    assert!(matches!(
-        next().await,
-        ToClient::Reply {
-            id: 0,
-            result: Err(Refusal::Malformed { .. })
-        }
-    ));
+    assert!(matches!(next().await, ToClient::Reply { id: 0, result: Err(Refusal::Malformed { .. }) }));
     let listed = next().await;
     let vms = keeper.list().await;
-    assert_eq!(
-        listed,
-        ToClient::Reply {
-            id: 4,
-            result: Ok(Reply::Vms(vms))
-        }
-    );
+    assert_eq!(listed, ToClient::Reply { id: 4, result: Ok(Reply::Vms(vms)) });
 }
 
 /// The lease thread's own turns, in this thread, so that its allocations can be counted.
@@ -402,28 +284,17 @@ fn the_lease_thread_allocates_nothing_and_regains_only_when_all_are_dead() {
     let lab = Lab::new();
     let life = Incarnation(77);
     let nodes = lab.admit(life, 1);
-    lab.leases
-        .become_coordinator(boot_time(), &nodes, TIMING, TIMING)
-        .unwrap();
+    lab.leases.become_coordinator(boot_time(), &nodes, TIMING, TIMING).unwrap();
     lab.leases.set_authority(FOREVER);
-    let Request::Configure(configuration) = lab.configure() else {
-        unreachable!()
-    };
+    let Request::Configure(configuration) = lab.configure() else { unreachable!() };
     let bell = || Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
     let (table, wake, notify) = (Arc::new(Table::new()), bell(), bell());
     let (outbox, inbox) = sync_channel(QUEUE);
     let (their_outbox, said) = sync_channel(QUEUE);
-    let lines = Lines {
-        inbox,
-        wake: wake.clone(),
-        outbox: their_outbox,
-        notify,
-    };
+    let lines = Lines { inbox, wake: wake.clone(), outbox: their_outbox, notify };
     let mut thread = LeaseThread::new(life, table.clone(), lines).unwrap();
     let heartbeating = Heartbeating::new(&configuration, life).unwrap();
-    outbox
-        .try_send(ToLease::Ask(Box::new(heartbeating)))
-        .unwrap();
+    outbox.try_send(ToLease::Ask(Box::new(heartbeating))).unwrap();
     wake.write(1).unwrap();
     let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
     let pidfd = pidfd_open(child.id().cast_signed()).unwrap();

@@ -52,13 +52,7 @@ pub type Due = (Asked, Result<Reply, Refusal>);
 impl Vms {
     /// None yet.
     pub fn new(table: Arc<Table>, records: Records) -> Self {
-        Vms {
-            table,
-            records,
-            last_epoch: BTreeMap::new(),
-            processes: BTreeMap::new(),
-            withdrawn: Vec::new(),
-        }
+        Vms { table, records, last_epoch: BTreeMap::new(), processes: BTreeMap::new(), withdrawn: Vec::new() }
     }
 
     /// The records of what runs.
@@ -68,10 +62,7 @@ impl Vms {
 
     /// Starts a VM; answered at once when refused, else when it executes.
     pub fn start(&mut self, asked: Asked, wanted: &StartVm) -> Option<Due> {
-        let tag = Tag {
-            vm: wanted.vm,
-            epoch: wanted.epoch,
-        };
+        let tag = Tag { vm: wanted.vm, epoch: wanted.epoch };
         match self.try_start(asked, tag, wanted) {
             Ok(()) => None,
             Err(refusal) => Some((asked, Err(refusal))),
@@ -97,11 +88,7 @@ impl Vms {
             return Err(failed("be recorded", &error));
         }
         let state = match self.release(gated, permit) {
-            Ok((published, report)) => Stage::Starting {
-                published,
-                report,
-                asked,
-            },
+            Ok((published, report)) => Stage::Starting { published, report, asked },
             Err(refusal) => {
                 self.records.remove(tag);
                 return Err(refusal);
@@ -109,15 +96,7 @@ impl Vms {
         };
         let term = wanted.term;
         let kills = Vec::new();
-        self.processes.insert(
-            tag,
-            Process {
-                term,
-                pid,
-                state,
-                kills,
-            },
-        );
+        self.processes.insert(tag, Process { term, pid, state, kills });
         Ok(())
     }
 
@@ -125,17 +104,10 @@ impl Vms {
     /// see [`super::table`]. Every other way out leaves the gate shut for ever, and
     /// the child exits without having done anything.
     fn release(&mut self, gated: Gated, permit: Permit) -> Result<(Published, Report), Refusal> {
-        let pidfd = gated
-            .pidfd
-            .try_clone()
-            .map_err(|error| failed("be published", &error))?;
-        let published = self.table.publish(pidfd).map_err(|_| Refusal::Full {
-            limit: CAPACITY as u32,
-        })?;
+        let pidfd = gated.pidfd.try_clone().map_err(|error| failed("be published", &error))?;
+        let published = self.table.publish(pidfd).map_err(|_| Refusal::Full { limit: CAPACITY as u32 })?;
         let opened = if self.table.lasts(permit) {
-            gated
-                .open()
-                .map_err(|error| failed("pass its gate", &error))
+            gated.open().map_err(|error| failed("pass its gate", &error))
         } else {
             Err(Refusal::NoLease)
         };
@@ -150,17 +122,9 @@ impl Vms {
 
     /// The epoch under which a VM is alive.
     fn alive(&self, vm: VmId) -> Option<Epoch> {
-        let all = Tag {
-            vm,
-            epoch: Epoch(0),
-        }..=Tag {
-            vm,
-            epoch: Epoch(u64::MAX),
-        };
+        let all = Tag { vm, epoch: Epoch(0) }..=Tag { vm, epoch: Epoch(u64::MAX) };
         let mut of_vm = self.processes.range(all);
-        of_vm.find_map(|(tag, process)| {
-            (!matches!(process.state, Stage::Ended(_))).then_some(tag.epoch)
-        })
+        of_vm.find_map(|(tag, process)| (!matches!(process.state, Stage::Ended(_))).then_some(tag.epoch))
     }
 
     /// Uses an epoch up without starting it.
@@ -182,12 +146,9 @@ impl Vms {
             return Some((asked, Err(Refusal::NotFound)));
         };
         match &process.state {
-            Stage::Ended(ProcessState::Exited { exit, .. }) => {
-                Some((asked, Ok(Reply::Dead { exit: *exit })))
-            }
+            Stage::Ended(ProcessState::Exited { exit, .. }) => Some((asked, Ok(Reply::Dead { exit: *exit }))),
             Stage::Ended(ProcessState::Running) => None,
-            Stage::Starting { published, .. } | Stage::Running(published) => match published.kill()
-            {
+            Stage::Starting { published, .. } | Stage::Running(published) => match published.kill() {
                 Ok(_) => {
                     process.kills.push(asked);
                     None
@@ -228,12 +189,10 @@ impl Vms {
 
     /// Those whose start is under way, to be polled for reading.
     pub fn reports(&self) -> impl Iterator<Item = (Tag, &Report)> {
-        self.processes
-            .iter()
-            .filter_map(|(tag, process)| match &process.state {
-                Stage::Starting { report, .. } => Some((*tag, report)),
-                _ => None,
-            })
+        self.processes.iter().filter_map(|(tag, process)| match &process.state {
+            Stage::Starting { report, .. } => Some((*tag, report)),
+            _ => None,
+        })
     }
 
     /// Reads what became of a start.
@@ -246,36 +205,27 @@ impl Vms {
         let pid = process.pid;
         // Its end, which is near when it failed, is told apart from this.
         let ended = Stage::Ended(ProcessState::Running);
-        let Stage::Starting {
-            published, asked, ..
-        } = std::mem::replace(&mut process.state, ended)
-        else {
+        let Stage::Starting { published, asked, .. } = std::mem::replace(&mut process.state, ended) else {
             return None;
         };
         process.state = Stage::Running(published);
         let result = match outcome {
             Ok(()) => Ok(Reply::Started { pid }),
-            Err(failure) => Err(failed(
-                failure.step,
-                &io::Error::from_raw_os_error(failure.errno),
-            )),
+            Err(failure) => Err(failed(failure.step, &io::Error::from_raw_os_error(failure.errno))),
         };
         Some((asked, result))
     }
 
     /// Takes note of a child's end. `None`: it is none of the VMs.
     pub fn ended(&mut self, pid: i32, exit: Exit) -> Option<(Tag, Vec<Due>)> {
-        let alive =
-            |process: &Process| process.pid == pid && !matches!(process.state, Stage::Ended(_));
+        let alive = |process: &Process| process.pid == pid && !matches!(process.state, Stage::Ended(_));
         let tag = *self.processes.iter().find(|(_, process)| alive(process))?.0;
         let mut due: Vec<Due> = self.read_report(tag).into_iter().collect();
         let process = self.processes.get_mut(&tag)?;
         let at = boot_time();
         let ended = Stage::Ended(ProcessState::Exited { exit, at });
         match std::mem::replace(&mut process.state, ended) {
-            Stage::Starting {
-                published, asked, ..
-            } => {
+            Stage::Starting { published, asked, .. } => {
                 due.push((asked, Err(failed("start", &"it ended first"))));
                 self.withdrawn.push(self.table.withdraw(published));
             }
@@ -283,11 +233,7 @@ impl Vms {
             Stage::Ended(_) => {}
         }
         let kills = std::mem::take(&mut process.kills);
-        due.extend(
-            kills
-                .into_iter()
-                .map(|asked| (asked, Ok(Reply::Dead { exit }))),
-        );
+        due.extend(kills.into_iter().map(|asked| (asked, Ok(Reply::Dead { exit }))));
         self.records.remove(tag);
         self.forget_the_earliest();
         Some((tag, due))
@@ -297,13 +243,10 @@ impl Vms {
         if self.processes.len() <= REMEMBERED {
             return;
         }
-        let earliest = self
-            .processes
-            .iter()
-            .filter_map(|(tag, process)| match process.state {
-                Stage::Ended(ProcessState::Exited { at, .. }) => Some((at, *tag)),
-                _ => None,
-            });
+        let earliest = self.processes.iter().filter_map(|(tag, process)| match process.state {
+            Stage::Ended(ProcessState::Exited { at, .. }) => Some((at, *tag)),
+            _ => None,
+        });
         if let Some((_, tag)) = earliest.min() {
             self.processes.remove(&tag);
         }
@@ -332,10 +275,8 @@ impl Vms {
 }
 
 fn image(wanted: &StartVm) -> io::Result<Image> {
-    let mut image = Image::new(&wanted.argv, &wanted.env)?
-        .directory(&wanted.run_dir)?
-        .log(&wanted.log)?
-        .oom_score(OOM_SCORE);
+    let mut image =
+        Image::new(&wanted.argv, &wanted.env)?.directory(&wanted.run_dir)?.log(&wanted.log)?.oom_score(OOM_SCORE);
     if let Some(cgroup) = &wanted.cgroup {
         image = image.cgroup(cgroup)?;
     }
@@ -343,8 +284,5 @@ fn image(wanted: &StartVm) -> io::Result<Image> {
 }
 
 fn failed(step: &str, error: &dyn ToString) -> Refusal {
-    Refusal::StartFailed {
-        step: step.into(),
-        error: error.to_string(),
-    }
+    Refusal::StartFailed { step: step.into(), error: error.to_string() }
 }

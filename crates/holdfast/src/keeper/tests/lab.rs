@@ -24,15 +24,9 @@ use crate::realtime::{boot_time, pidfd_open};
 pub const SOON: Duration = Duration::from_secs(10);
 pub const NODE: NodeId = NodeId(1);
 pub const CLUSTER: Uuid = Uuid::from_u128(0xc1);
-pub const TIMING: LeaseTiming = LeaseTiming {
-    length_ms: 600,
-    heartbeat_ms: 50,
-};
+pub const TIMING: LeaseTiming = LeaseTiming { length_ms: 600, heartbeat_ms: 50 };
 
-pub const DEFAULT_PROFILE: LeaseTiming = LeaseTiming {
-    length_ms: 1_500,
-    heartbeat_ms: 100,
-};
+pub const DEFAULT_PROFILE: LeaseTiming = LeaseTiming { length_ms: 1_500, heartbeat_ms: 100 };
 
 pub const RUN_DIR: &str = "HOLDFAST_TEST_RUN_DIR";
 
@@ -45,11 +39,7 @@ fn keeper_process() {
     };
     let agents = run_dir.join("agents");
     let agent = format!("echo $$ >> {}; exec sleep 1000", agents.display());
-    let config = KeeperConfig {
-        run_dir,
-        agent: ["sh", "-c", &agent].map(OsString::from).to_vec(),
-        drain: SOON,
-    };
+    let config = KeeperConfig { run_dir, agent: ["sh", "-c", &agent].map(OsString::from).to_vec(), drain: SOON };
     if let Err(error) = Keeper::run(config) {
         eprintln!("{error}");
         std::process::exit(3);
@@ -85,10 +75,7 @@ pub fn vm(number: u128) -> VmId {
 }
 
 pub fn tag(number: u128, epoch: u64) -> Tag {
-    Tag {
-        vm: vm(number),
-        epoch: Epoch(epoch),
-    }
+    Tag { vm: vm(number), epoch: Epoch(epoch) }
 }
 
 impl Lab {
@@ -98,10 +85,7 @@ impl Lab {
             node: NODE,
             secret: secret(),
             bind: vec![loopback()],
-            peers: vec![PeerKey {
-                node: NODE,
-                public: secret().public(),
-            }],
+            peers: vec![PeerKey { node: NODE, public: secret().public() }],
         })
         .unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -120,13 +104,7 @@ impl Lab {
         let process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "env", "--block-signal=TERM,INT,CHLD"])
             .arg(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                &role,
-                "--ignored",
-                "--nocapture",
-                "--test-threads=1",
-            ])
+            .args(["--exact", &role, "--ignored", "--nocapture", "--test-threads=1"])
             .env(RUN_DIR, self.run_dir())
             .stdout(Stdio::null())
             .spawn()
@@ -140,35 +118,20 @@ impl Lab {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
-        let mut running = Running {
-            process,
-            client,
-            events,
-            life: Incarnation(0),
-        };
+        let mut running = Running { process, client, events, life: Incarnation(0) };
         running.life = running.hello().await.incarnation;
-        assert_eq!(
-            running.ask(Request::Subscribe).await,
-            Ok(Reply::Vms(vec![]))
-        );
+        assert_eq!(running.ask(Request::Subscribe).await, Ok(Reply::Vms(vec![])));
         running
     }
 
     pub fn admit(&self, life: Incarnation, term: u64) -> [Admission; 1] {
-        [Admission {
-            node: NODE,
-            admitted: life,
-            term: NodeTerm(term),
-            up: true,
-        }]
+        [Admission { node: NODE, admitted: life, term: NodeTerm(term), up: true }]
     }
 
     /// Configures the keeper and gives it its lease.
     pub async fn grant(&self, keeper: &mut Running, term: u64) {
         let nodes = self.admit(keeper.life, term);
-        self.leases
-            .become_coordinator(boot_time(), &nodes, TIMING, TIMING)
-            .unwrap();
+        self.leases.become_coordinator(boot_time(), &nodes, TIMING, TIMING).unwrap();
         self.leases.set_authority(FOREVER);
         assert_eq!(keeper.ask(self.configure()).await, Ok(Reply::Done));
         let term = NodeTerm(term);
@@ -181,11 +144,7 @@ impl Lab {
             node: NODE,
             secret: secret(),
             bind: vec![],
-            peers: vec![PeerAddresses {
-                node: NODE,
-                public: secret().public(),
-                addresses: self.leases.addresses(),
-            }],
+            peers: vec![PeerAddresses { node: NODE, public: secret().public(), addresses: self.leases.addresses() }],
             heartbeat_ms: TIMING.heartbeat_ms,
         })
     }
@@ -222,9 +181,7 @@ impl Lab {
     }
 }
 
-pub const FOREVER: Authority = Authority {
-    until: BootTime(u64::MAX),
-};
+pub const FOREVER: Authority = Authority { until: BootTime(u64::MAX) };
 
 impl Running {
     pub async fn ask(&self, request: Request) -> Result<Reply, Refusal> {
@@ -257,10 +214,7 @@ impl Running {
     }
 
     pub async fn event(&mut self) -> Event {
-        tokio::time::timeout(SOON, self.events.recv())
-            .await
-            .unwrap()
-            .unwrap()
+        tokio::time::timeout(SOON, self.events.recv()).await.unwrap().unwrap()
     }
 
     pub fn pid(&self) -> Pid {
@@ -269,11 +223,7 @@ impl Running {
 }
 
 pub fn exited(number: u128, epoch: u64, exit: Exit) -> Event {
-    Event::Exited {
-        vm: vm(number),
-        epoch: Epoch(epoch),
-        exit,
-    }
+    Event::Exited { vm: vm(number), epoch: Epoch(epoch), exit }
 }
 
 pub const KILLED: Exit = Exit::Signal(9);
