@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use holdfast_consensus::{Consensus, ProposeError};
+use holdfast_consensus::{Consensus, ProposeError, Standing};
 use holdfast_core::*;
 use holdfast_vswitch::Vswitch;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -136,7 +136,7 @@ impl Agent {
     }
 
     /// Where this node stands in consensus; `None` before it is in a cluster.
-    pub fn standing(&self) -> Option<holdfast_consensus::Standing> {
+    pub fn standing(&self) -> Option<Standing> {
         Some(self.0.member.get()?.consensus.standing().borrow().clone())
     }
 
@@ -163,7 +163,17 @@ impl Agent {
             let tried = match coordinator {
                 None => Err(Attempt::NotSent),
                 Some(node) if node == member.me => self.propose_here(member, &proposal).await,
-                Some(node) => self.propose_at(member, node, &proposal).await,
+                Some(node) => {
+                    let succeeded = |now: &Standing| now.coordinator.is_some_and(|coordinator| coordinator != node);
+                    tokio::select! {
+                        tried = self.propose_at(member, node, &proposal) => tried,
+                        // A coordinator that lost its power never answers; its successor may know.
+                        Ok(_) = standing.wait_for(succeeded), if Instant::now() < until => {
+                            sent = true;
+                            continue;
+                        }
+                    }
+                }
             };
             match tried {
                 Ok(Proposed { outcome, revision }) => {
