@@ -1,0 +1,180 @@
+//! `bench failover`: the power of a node is cut, and its VM comes back elsewhere.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use holdfast_api::ProfileName;
+use holdfast_lab::Host;
+use holdfast_lab::cluster::GuestVm;
+use holdfast_lab::guest::{Acknowledged, Writer};
+
+use super::events;
+use super::stage::{PATIENCE, Stage};
+use super::table::Row;
+
+/// The guest is asked for the next record so long after it acknowledged one.
+const WRITE_EVERY: Duration = Duration::from_millis(5);
+/// So many records are acknowledged before the power goes.
+const RECORDS: u64 = 50;
+/// A write is asked for again after so long without an answer.
+const WRITE_PATIENCE: Duration = Duration::from_millis(200);
+
+/// Whose power is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Follower,
+    Coordinator,
+}
+
+/// What is acceptable, in milliseconds.
+struct Goals {
+    lost: f64,
+    started: f64,
+    /// Whether serving has a goal: `started` and 1.2 times the guest's cold boot.
+    serving: bool,
+}
+
+/// The times of one failover, from the pulled plug on.
+#[derive(Default)]
+struct Times {
+    boot: Vec<Duration>,
+    lost: Vec<Duration>,
+    started: Vec<Duration>,
+    serving: Vec<Duration>,
+}
+
+/// Measures `runs` losses of a follower and of the coordinator, under both profiles.
+///
+/// # Errors
+/// When a step does not come about in time, which no figure can stand for.
+pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let (mut lost_records, mut split) = (Vec::new(), Vec::new());
+    for (profile, name, lost, started) in
+        [(ProfileName::Default, "default", 1700.0, 2000.0), (ProfileName::Fast, "fast", 750.0, 1000.0)]
+    {
+        let stage = Stage::form(binary, profile)?;
+        let vm = stage.guest("bench", 100)?;
+        let mut acknowledged = Vec::new();
+        for (victim, whom, later) in [(Victim::Follower, "follower", 0.0), (Victim::Coordinator, "coordinator", 600.0)]
+        {
+            let mut times = Times::default();
+            for run in 1..=runs {
+                one(&stage, &vm, victim, &mut times, &mut acknowledged).with_context(|| {
+                    let state = stage.cluster.diagnosis();
+                    format!("{state}\nprofile {name}, loss of the {whom}, run {run} of {runs}")
+                })?;
+                eprintln!("{name}, {whom} lost, run {run}: {}", times.last());
+            }
+            let goals =
+                Goals { lost: lost + later, started: started + later, serving: profile == ProfileName::Default };
+            rows.extend(times.rows(&format!("{name}, {whom} lost"), &goals));
+        }
+        stage.cluster.switch_off(&vm.name)?;
+        lost_records.push(vm.verify()?.lost(&acknowledged).len() as f64);
+        eprintln!("{name}: {} records were acknowledged", acknowledged.len());
+        split.push(stage.overlaps()?);
+    }
+    rows.push(Row::of("acknowledged records lost", &lost_records).worst_goal(0.0));
+    rows.push(Row::of("two QEMUs of one VM alive together", &split).worst_goal(0.0));
+    Ok(rows)
+}
+
+impl Times {
+    fn rows(&self, of: &str, goals: &Goals) -> Vec<Row> {
+        let boot = Row::millis(&format!("{of}: the guest's cold boot"), &self.boot);
+        let serving = Row::millis(&format!("{of}: guest answers"), &self.serving);
+        let serving = match goals.serving {
+            true => serving.goal(goals.started + 1.2 * boot.ours),
+            false => serving,
+        };
+        vec![
+            Row::millis(&format!("{of}: declared lost"), &self.lost).goal(goals.lost),
+            Row::millis(&format!("{of}: QEMU elsewhere"), &self.started).goal(goals.started),
+            serving,
+            boot,
+        ]
+    }
+
+    fn last(&self) -> String {
+        let millis = |all: &[Duration]| all.last().map_or(0, Duration::as_millis);
+        format!(
+            "lost {}, QEMU {}, serving {} (cold boot {}) ms",
+            millis(&self.lost),
+            millis(&self.started),
+            millis(&self.serving),
+            millis(&self.boot)
+        )
+    }
+}
+
+fn one(
+    stage: &Stage,
+    vm: &GuestVm,
+    victim: Victim,
+    times: &mut Times,
+    acknowledged: &mut Vec<Acknowledged>,
+) -> Result<()> {
+    times.boot.push(cold_boot(stage, vm)?);
+    let host = place(stage, vm, victim)?;
+    let prober = vm.probe()?;
+    let writer = Writer::start(Some(&vm.netns), vm.address(), WRITE_EVERY, WRITE_PATIENCE)?;
+    let before = prober.wait_for(PATIENCE, |sample| sample.answered.is_some())?.boot_id;
+    wait_written(&writer)?;
+    let last_event = stage.events.last();
+
+    let cut = host.power_off()?;
+
+    let lost = stage.events.wait(last_event, PATIENCE, events::lost(host.name()))?;
+    let qemu = stage.cluster.watch().wait_started(&vm.id, cut.at, PATIENCE)?;
+    let serving = prober.wait_for(PATIENCE, |sample| sample.sent > cut.at && sample.boot_id != before)?;
+    let serving = serving.answered.context("an answer without a time")?;
+    ensure!(qemu.host.as_deref() != Some(host.name()), "its QEMU started on the dead host");
+    ensure!(stage.cluster.coordinator()? != host.name(), "the dead host still coordinates");
+    times.lost.push(lost.at - cut.at);
+    times.started.push(qemu.first_seen - cut.at);
+    times.serving.push(serving - cut.at);
+
+    acknowledged.extend(writer.stop()?.acknowledged);
+    drop(prober.stop());
+    host.power_on()?;
+    stage.settle()
+}
+
+/// Switches the VM off and starts it: from QEMU's start to the guest's first answer.
+fn cold_boot(stage: &Stage, vm: &GuestVm) -> Result<Duration> {
+    stage.cluster.switch_off(&vm.name)?;
+    let from = Instant::now();
+    let prober = vm.probe()?;
+    stage.cluster.any()?.start_vm(&vm.name)?;
+    let qemu = stage.cluster.watch().wait_started(&vm.id, from, PATIENCE)?;
+    let first = prober.wait_for(PATIENCE, |sample| sample.sent > qemu.first_seen && sample.boot_id != 0)?;
+    Ok(first.answered.context("an answer without a time")? - qemu.first_seen)
+}
+
+/// Brings the VM to a host that is or is not the coordinator's.
+fn place(stage: &Stage, vm: &GuestVm, victim: Victim) -> Result<Arc<Host>> {
+    let coordinator = stage.cluster.coordinator()?;
+    let here = stage.cluster.node_of(&vm.name)?;
+    let fits = |node: &str| (node == coordinator) == (victim == Victim::Coordinator);
+    if !fits(&here) {
+        let hosts = stage.cluster.hosts();
+        let target = hosts.iter().find(|host| fits(host.name())).context("a cluster of one node")?;
+        stage.cluster.migrate(&vm.name, target.name(), PATIENCE)?;
+    }
+    stage.cluster.host(&stage.cluster.node_of(&vm.name)?)
+}
+
+/// Waits until enough records are promised: none can be lost otherwise.
+fn wait_written(writer: &Writer) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    let mut first = 0;
+    while first == 0 || writer.highest() < first + RECORDS {
+        ensure!(Instant::now() < until, "the guest acknowledges no records, or too few");
+        std::thread::sleep(WRITE_EVERY);
+        first = if first == 0 { writer.highest() } else { first };
+    }
+    Ok(())
+}
