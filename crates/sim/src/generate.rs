@@ -1,0 +1,249 @@
+//! Draws what happens to a world: sizes, commands and faults, all from the seed.
+
+use holdfast_core::{Priority, Profile};
+
+use crate::rng::Rng;
+use crate::script::{Deed, Fault, Step, Traffic, Wish};
+
+/// A world and what happens to it before everything heals.
+#[derive(Clone, Debug)]
+pub struct Plot {
+    /// How many nodes.
+    pub nodes: usize,
+    /// Memory for VMs on each, in MiB.
+    pub memory_mib: u64,
+    /// The failover profile from the beginning.
+    pub profile: Profile,
+    /// What happens, in order of time.
+    pub steps: Vec<Step>,
+    /// When everything heals, in milliseconds.
+    pub heal_ms: u64,
+}
+
+/// The plot of a seed.
+pub fn plot(seed: u64) -> Plot {
+    let mut rng = Rng::new(seed);
+    let nodes = *rng.pick(&[2, 3, 3, 3, 3, 4, 5, 5, 7, 9]);
+    let heal_ms = rng.between(15_000, 40_000);
+    let profile = *rng.pick(&[Profile::Default, Profile::Default, Profile::Fast]);
+    let vms: Vec<String> = (1..=rng.between(1, 5)).map(|n| format!("vm{n}")).collect();
+    let mut author = Author {
+        steps: Vec::new(),
+        nodes,
+        heal_ms,
+        vms,
+        // Each run has its own taste, so that some are all crashes and some all partitions.
+        taste: (0..13).map(|_| rng.between(0, 6)).collect(),
+        stops_keepers: rng.permille(250),
+        rng,
+    };
+    author.begin();
+    let (faults, wishes) = (author.rng.between(1, 14), author.rng.between(3, 20));
+    for _ in 0..faults {
+        author.fault();
+    }
+    for _ in 0..wishes {
+        author.wish();
+    }
+    let memory_mib = *author.rng.pick(&[1024, 2048, 4096]);
+    let mut steps = author.steps;
+    steps.sort_by_key(|step| step.at_ms);
+    Plot { nodes, memory_mib, profile, steps, heal_ms }
+}
+
+struct Author {
+    rng: Rng,
+    steps: Vec<Step>,
+    nodes: usize,
+    heal_ms: u64,
+    vms: Vec<String>,
+    taste: Vec<u64>,
+    stops_keepers: bool,
+}
+
+impl Author {
+    fn node(&mut self) -> usize {
+        self.rng.between(0, self.nodes as u64 - 1) as usize
+    }
+
+    fn vm(&mut self) -> String {
+        self.rng.pick(&self.vms).clone()
+    }
+
+    fn at(&mut self) -> u64 {
+        self.rng.between(2_000, self.heal_ms - 1_000)
+    }
+
+    /// Outages are short, about a lease, or long.
+    fn span(&mut self) -> u64 {
+        match self.rng.between(0, 2) {
+            0 => self.rng.between(20, 400),
+            1 => self.rng.between(400, 2_500),
+            _ => self.rng.between(2_500, 9_000),
+        }
+    }
+
+    fn push(&mut self, at_ms: u64, fault: Fault) {
+        self.steps.push(Step { at_ms, deed: Deed::Fault(fault) });
+    }
+
+    fn ask(&mut self, at_ms: u64, wish: Wish) {
+        self.steps.push(Step { at_ms, deed: Deed::Ask(wish) });
+    }
+
+    fn begin(&mut self) {
+        for vm in self.vms.clone() {
+            let at = self.rng.between(600, 2_500);
+            let memory_mib = *self.rng.pick(&[64, 256, 512, 900]);
+            let priority =
+                *self.rng.pick(&[Priority::None, Priority::Low, Priority::Medium, Priority::Medium, Priority::High]);
+            self.ask(at, Wish::Create { vm, memory_mib, priority });
+        }
+    }
+
+    fn fault(&mut self) {
+        let kind = self.weighed();
+        let (at, span, node) = (self.at(), self.span(), self.node());
+        match kind {
+            0 => {
+                self.push(at, Fault::Lose(node));
+                self.push(at + span + 50, Fault::Return(node));
+            }
+            1 => self.cut_off(at, span, node),
+            2 => {
+                let other = self.node();
+                let traffic = self.traffic();
+                self.cut(at, span, node, other, traffic);
+            }
+            3 => {
+                // A split in two, or one that hears but is not heard.
+                let mask = self.rng.next();
+                let one_way = self.rng.permille(400);
+                for (a, b) in self.pairs() {
+                    if (mask >> a) & 1 == 1 && (mask >> b) & 1 == 0 {
+                        self.cut(at, span, a, b, Traffic::All);
+                        if !one_way {
+                            self.cut(at, span, b, a, Traffic::All);
+                        }
+                    }
+                }
+            }
+            4 => self.push(at, Fault::CrashAgent(node)),
+            5 => self.push(at, Fault::CrashKeeper(node)),
+            6 => {
+                self.push(at, Fault::FreezeAgent(node));
+                self.push(at + span, Fault::ThawAgent(node));
+            }
+            7 => {
+                let vm = self.vm();
+                self.push(at, Fault::Crash(vm));
+            }
+            8 => {
+                let vm = self.vm();
+                self.push(at, Fault::Shutdown(vm));
+            }
+            9 => {
+                let ms = *self.rng.pick(&[5, 80, 700]);
+                self.push(at, Fault::SlowDisk(node, ms));
+                self.push(at + span, Fault::SlowDisk(node, 0));
+            }
+            10 => {
+                let (lost, doubled) = (self.rng.between(0, 300), self.rng.between(0, 200));
+                let late = *self.rng.pick(&[10, 100, 900, 3_000]);
+                self.push(at, Fault::Storm(lost, doubled, late));
+                self.push(at + span, Fault::Storm(0, 0, 0));
+            }
+            11 => {
+                let (mut at, every) = (at, self.rng.between(50, 900));
+                for _ in 0..self.rng.between(2, 6) {
+                    self.cut_off(at, every, node);
+                    at += 2 * every;
+                }
+            }
+            _ if self.stops_keepers => {
+                let (stop, go) = match self.rng.between(0, 1) {
+                    0 => (Fault::FreezeKeeper(node), Fault::ThawKeeper(node)),
+                    _ => (Fault::Suspend(node), Fault::Wake(node)),
+                };
+                self.push(at, stop);
+                self.push(at + span, go);
+            }
+            _ => {
+                // Two things at once: the coordinator's node is often the first.
+                self.push(at, Fault::CrashKeeper(node));
+                let later = at + self.rng.between(0, 600);
+                let other = self.node();
+                self.push(later, Fault::CrashAgent(other));
+            }
+        }
+    }
+
+    fn weighed(&mut self) -> usize {
+        let all: u64 = self.taste.iter().sum::<u64>().max(1);
+        let mut left = self.rng.between(0, all - 1);
+        for (kind, weight) in self.taste.iter().enumerate() {
+            if left < *weight {
+                return kind;
+            }
+            left -= weight;
+        }
+        0
+    }
+
+    fn traffic(&mut self) -> Traffic {
+        *self.rng.pick(&[Traffic::All, Traffic::Heartbeats, Traffic::Agents, Traffic::Migration])
+    }
+
+    fn pairs(&self) -> Vec<(usize, usize)> {
+        let all = 0..self.nodes;
+        all.clone().flat_map(|a| all.clone().map(move |b| (a, b))).filter(|(a, b)| a != b).collect()
+    }
+
+    fn cut(&mut self, at: u64, span: u64, a: usize, b: usize, traffic: Traffic) {
+        if a != b {
+            self.push(at, Fault::Cut(a, b, traffic));
+            self.push(at + span, Fault::Join(a, b, traffic));
+        }
+    }
+
+    fn cut_off(&mut self, at: u64, span: u64, node: usize) {
+        let traffic = self.traffic();
+        for other in 0..self.nodes {
+            self.cut(at, span, node, other, traffic);
+            self.cut(at, span, other, node, traffic);
+        }
+    }
+
+    fn wish(&mut self) {
+        let (at, vm, node) = (self.at(), self.vm(), self.node());
+        match self.rng.between(0, 19) {
+            0..=6 => {
+                let to = self.rng.permille(600).then_some(node);
+                self.ask(at, Wish::Migrate(vm.clone(), to));
+                if self.rng.permille(250) {
+                    let later = at + self.rng.between(5, 2_000);
+                    self.ask(later, Wish::Cancel(vm));
+                }
+            }
+            7 => self.ask(at, Wish::Pause(vm)),
+            8 | 9 => self.ask(at, Wish::Stop(vm)),
+            10 => self.ask(at, Wish::Force(vm)),
+            11..=13 => self.ask(at, Wish::Start(vm)),
+            14 => self.ask(at, Wish::Restart(vm)),
+            15 => self.ask(at, Wish::Delete(vm)),
+            16 if self.nodes > 3 => self.ask(at, Wish::Remove(node)),
+            17 => {
+                let mib = *self.rng.pick(&[256, 1024, 4096]);
+                self.ask(at, Wish::Memory(node, mib));
+            }
+            18 => {
+                let to = *self.rng.pick(&[Profile::Default, Profile::Fast, Profile::Fast, Profile::Wan]);
+                self.ask(at, Wish::Profile(to));
+            }
+            _ => {
+                let priority = *self.rng.pick(&[Priority::Low, Priority::High]);
+                self.ask(at, Wish::Create { vm, memory_mib: 128, priority });
+            }
+        }
+    }
+}

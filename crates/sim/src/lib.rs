@@ -1,0 +1,37 @@
+//! A world in virtual time that tries to break the decisions of a cluster.
+//!
+//! The decision code of `holdfast-core` runs here unchanged: leases on both ends,
+//! `plan`, `check`, `apply`. Around it are hosts with clocks that drift, keepers,
+//! agents, QEMUs, disks and links, a small Raft, users, and a script of faults.
+//! Everything that happens follows from a seed. An oracle that sees all of it says
+//! what was broken:
+//!
+//! * **one owner**: no two QEMUs of a VM have its guest at the same time. Where a
+//!   keeper is stopped while its VMs may run on (frozen keeper, suspended host),
+//!   the lease cannot hold by itself: such runs have image locks, and the guest
+//!   that is refused by them never ran. All other runs have none.
+//! * **stale guest**: a guest never goes on with memory that is older than what
+//!   was written to its disks.
+//! * **leases end first**: whenever a lease is said to be over, and after a node
+//!   was called lost, the node does not hold it.
+//! * **no acknowledged command lost**, and none that was called failed happens.
+//! * **one log**, **epochs only grow**, **every plan passes its check**, and the
+//!   log read back from its text gives the same state.
+//! * **settles**: once everything works again, within a stated bound, every VM that
+//!   should run and fits does, every job has ended, and nothing is decided any more.
+
+mod clock;
+mod explore;
+mod generate;
+mod mutation;
+mod raft;
+mod rng;
+mod scenario;
+mod script;
+mod world;
+
+pub use explore::{Caught, Exploration, Failure, Options, Outcome, catch, explore, run, shrink};
+pub use mutation::Mutation;
+pub use scenario::play;
+pub use script::{Deed, Fault, NotUnderstood, Scenario, Step, Traffic, Wish};
+pub use world::Violation;

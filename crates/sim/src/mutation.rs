@@ -1,0 +1,83 @@
+//! Deliberate weakenings of a safety rule: each has to be caught by some seed, or
+//! the simulation does not see what it claims to see.
+
+use std::fmt;
+
+/// One weakening. It lives in the world around the decisions, never in them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Mutation {
+    /// The coordinator calls a lease ended when its length is over, without margin.
+    DropMargin,
+    /// A lease counts from when its grant came in, not from when it was asked for.
+    LeaseFromReceipt,
+    /// A new coordinator does not wait for the leases of its predecessor.
+    SkipWait,
+    /// The keeper starts an epoch that was used already.
+    IgnoreEpoch,
+    /// The keeper starts what was permitted in another term of its node.
+    IgnoreTerm,
+    /// A node that was silent for three heartbeats counts as lost.
+    SilenceIsLost,
+    /// A proposal that timed out counts as failed, and so does what follows from it.
+    TimeoutIsFailure,
+    /// The target of a migration continues the guest without the source's word.
+    ContinueWithoutWord,
+    /// The target of a migration continues the guest when the source is lost.
+    ContinueForTheLost,
+    /// The coordinator grants leases whether a quorum has acknowledged it or not.
+    GrantWithoutAuthority,
+    /// A voter elects another coordinator right after it accepted one's message.
+    VoteAtOnce,
+    /// Heartbeats of an earlier life of a keeper count: no challenge.
+    HearEarlierLives,
+    /// What was heard before it took over counts for a new coordinator.
+    KeepLivesOverTakeover,
+    /// The keeper lets VMs run on when its lease ends.
+    OutliveTheLease,
+    /// An agent that restarts speaks and moves guests before it knows what was
+    /// agreed on meanwhile.
+    ActBeforeCaughtUp,
+}
+
+impl Mutation {
+    /// All of them.
+    pub const ALL: [Mutation; 15] = [
+        Mutation::DropMargin,
+        Mutation::LeaseFromReceipt,
+        Mutation::SkipWait,
+        Mutation::IgnoreEpoch,
+        Mutation::IgnoreTerm,
+        Mutation::SilenceIsLost,
+        Mutation::TimeoutIsFailure,
+        Mutation::ContinueWithoutWord,
+        Mutation::ContinueForTheLost,
+        Mutation::GrantWithoutAuthority,
+        Mutation::VoteAtOnce,
+        Mutation::HearEarlierLives,
+        Mutation::KeepLivesOverTakeover,
+        Mutation::OutliveTheLease,
+        Mutation::ActBeforeCaughtUp,
+    ];
+}
+
+impl fmt::Display for Mutation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Mutation::DropMargin => "drop the margin",
+            Mutation::LeaseFromReceipt => "count the lease from receipt",
+            Mutation::SkipWait => "skip the new coordinator's wait",
+            Mutation::IgnoreEpoch => "ignore the epoch in the keeper",
+            Mutation::IgnoreTerm => "ignore the term in the keeper",
+            Mutation::SilenceIsLost => "restart before fencing",
+            Mutation::TimeoutIsFailure => "trust a timed-out proposal as failed",
+            Mutation::ContinueWithoutWord => "continue the target without the source's word",
+            Mutation::ContinueForTheLost => "continue the target when the source is lost",
+            Mutation::GrantWithoutAuthority => "grant without authority",
+            Mutation::VoteAtOnce => "vote without holding still",
+            Mutation::HearEarlierLives => "hear earlier lives of a keeper",
+            Mutation::KeepLivesOverTakeover => "keep lives over a take-over",
+            Mutation::OutliveTheLease => "let VMs outlive the lease",
+            Mutation::ActBeforeCaughtUp => "let a restarted agent act before it caught up",
+        })
+    }
+}

@@ -1,0 +1,127 @@
+//! What the script does to the world.
+
+use holdfast_core::VmId;
+
+use super::host::{Qemu, Stage};
+use super::{Event, Part, World};
+use crate::script::{Deed, Fault, Traffic};
+
+impl World {
+    pub(super) fn play(&mut self, index: usize) {
+        let deed = self.steps[index].deed.clone();
+        match deed {
+            Deed::Ask(wish) => self.ask(wish),
+            Deed::Fault(fault) => {
+                self.log(|| format!("! {}", Deed::Fault(fault.clone())));
+                self.fault(&fault);
+            }
+        }
+    }
+
+    fn fault(&mut self, fault: &Fault) {
+        let known = |node: &usize| *node < self.hosts.len();
+        let awake = |node: &usize| self.hosts.get(*node).is_some_and(|host| !host.suspended);
+        match fault {
+            Fault::Lose(node) if known(node) => self.power_off(*node),
+            Fault::Return(node) if known(node) => self.power_on(*node),
+            Fault::Cut(from, to, what) if known(from) && known(to) => self.links.set(*from, *to, *what, true),
+            Fault::Join(from, to, what) if known(from) && known(to) => self.links.set(*from, *to, *what, false),
+            Fault::CrashAgent(node) if known(node) && self.hosts[*node].powered => {
+                let host = &mut self.hosts[*node];
+                host.agent_stopped = false;
+                host.waiting.retain(|(part, _)| *part != Part::Agent);
+                let power = host.power;
+                self.stop_agent(*node);
+                let us = self.draw(20_000, 500_000);
+                self.after_us(us, Event::Start(*node, Part::Agent, power));
+            }
+            Fault::CrashKeeper(node) if awake(node) && self.hosts[*node].powered => self.crash_keeper(*node),
+            Fault::FreezeAgent(node) if known(node) => self.hosts[*node].agent_stopped = true,
+            Fault::FreezeKeeper(node) if known(node) => self.hosts[*node].keeper_stopped = true,
+            Fault::Suspend(node) if known(node) => {
+                let host = &mut self.hosts[*node];
+                (host.suspended, host.keeper_stopped, host.agent_stopped) = (true, true, true);
+            }
+            Fault::ThawAgent(node) if awake(node) => {
+                self.hosts[*node].agent_stopped = false;
+                self.catch_up(*node);
+            }
+            Fault::ThawKeeper(node) if awake(node) => {
+                self.hosts[*node].keeper_stopped = false;
+                self.catch_up(*node);
+            }
+            Fault::Wake(node) if known(node) => {
+                let host = &mut self.hosts[*node];
+                (host.suspended, host.keeper_stopped, host.agent_stopped) = (false, false, false);
+                self.catch_up(*node);
+            }
+            Fault::Crash(vm) => {
+                if let Some(vm) = self.id_named(vm) {
+                    let doomed = self.owners(vm);
+                    for (host, epoch) in doomed {
+                        self.kill(host, vm, epoch, "QEMU crashed");
+                    }
+                }
+            }
+            Fault::Shutdown(vm) => {
+                if let Some(vm) = self.id_named(vm) {
+                    for (host, epoch) in self.owners(vm) {
+                        if let Some(qemu) = self.hosts[host].keeper.processes.get_mut(&(vm, epoch))
+                            && qemu.stage == Stage::Running
+                            && !qemu.moving()
+                        {
+                            qemu.stage = Stage::GuestOff;
+                        }
+                    }
+                }
+            }
+            Fault::SlowDisk(node, ms) if known(node) => self.hosts[*node].disk_ms = *ms,
+            Fault::Storm(lost, doubled, late) => {
+                (self.links.lost, self.links.doubled, self.links.late_ms) = (*lost, *doubled, *late);
+            }
+            Fault::Heal => self.heal(),
+            _ => {}
+        }
+    }
+
+    /// Everything works again, and nothing breaks by itself any more.
+    pub fn heal(&mut self) {
+        self.log(|| "! heal".into());
+        self.troubled = false;
+        self.fault(&Fault::Storm(0, 0, 0));
+        for node in 0..self.hosts.len() {
+            self.hosts[node].disk_ms = 0;
+            for other in 0..self.hosts.len() {
+                self.links.set(node, other, Traffic::All, false);
+            }
+        }
+        for node in 0..self.hosts.len() {
+            self.fault(&Fault::Wake(node));
+            self.power_on(node);
+        }
+    }
+
+    /// Cuts a host off but for what its migrations send, or joins it again.
+    pub(super) fn isolate(&mut self, host: usize, cut: bool) {
+        self.log(|| format!("! {} n{}", if cut { "isolate" } else { "rejoin" }, host + 1));
+        for other in (0..self.hosts.len()).filter(|other| *other != host) {
+            self.links.set(other, host, Traffic::All, cut);
+            self.links.set(host, other, Traffic::Heartbeats, cut);
+            self.links.set(host, other, Traffic::Agents, cut);
+        }
+    }
+
+    fn id_named(&self, name: &str) -> Option<VmId> {
+        self.chain.latest().vm_named(name).map(|vm| vm.id)
+    }
+
+    /// Every QEMU that has the guest of a VM.
+    pub(super) fn owners(&self, vm: VmId) -> Vec<(usize, holdfast_core::Epoch)> {
+        let mut owners = Vec::new();
+        for (index, host) in self.hosts.iter().enumerate() {
+            let of_vm = host.keeper.processes.iter().filter(|((of, _), _)| *of == vm);
+            owners.extend(of_vm.filter(|(_, qemu)| Qemu::owns(qemu)).map(|((_, epoch), _)| (index, *epoch)));
+        }
+        owners
+    }
+}

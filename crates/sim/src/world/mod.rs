@@ -1,0 +1,426 @@
+//! The world: hosts, processes, messages and time, all in one place and one thread.
+
+mod agent;
+mod client;
+mod coordinator;
+mod faults;
+mod host;
+mod keeper;
+mod network;
+mod oracle;
+mod vm_worker;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::rc::Rc;
+
+use holdfast_core::lease::{BootTime, Grant, Heartbeat};
+use holdfast_core::*;
+use uuid::Uuid;
+
+use crate::clock::MS;
+use crate::mutation::Mutation;
+use crate::raft::{ElectionTiming, RaftMessage};
+use crate::rng::Rng;
+use crate::script::Step;
+
+pub use oracle::Violation;
+
+use client::Client;
+use host::Host;
+use network::Links;
+use oracle::Chain;
+
+/// The wall clocks' zero in milliseconds since the Unix epoch: some day in 2026.
+const WALL_ZERO_MS: u64 = 1_790_000_000_000;
+
+/// How a world begins.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// Seeds what the plot does not say: delays, drifts, what guests do.
+    pub seed: u64,
+    /// How many nodes.
+    pub nodes: usize,
+    /// Memory for VMs on each, in MiB.
+    pub memory_mib: u64,
+    /// The failover profile.
+    pub profile: Profile,
+    /// Exact clocks, even delays, obedient guests: for scenarios that people read.
+    pub calm: bool,
+    /// A rule that is broken on purpose.
+    pub mutation: Option<Mutation>,
+    /// Keep a timeline.
+    pub trace: bool,
+    /// Keepers are stopped in this run, so image locks are on and the oracle
+    /// looks at who can write; else there are none, and it looks at who runs.
+    pub image_locks: bool,
+}
+
+/// Part of a host that messages go to and that can die or stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Keeper,
+    Agent,
+    /// The VMs: they live and die with the keeper, and stand still with the host.
+    Guests,
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Script(usize),
+    Deliver {
+        from: usize,
+        to: usize,
+        message: Message,
+    },
+    /// Starts a part again, if nothing has happened to its host since.
+    Start(usize, Part, u64),
+    KeeperBeat(usize, u64),
+    KeeperAlarm(usize, u64),
+    AgentTick(usize, u64),
+    /// Something is on the disk: in this life of the agent.
+    Stored(usize, u64, Storage),
+    Guest(usize, u64, GuestTimer),
+    Client(usize),
+    /// A host that was cut off at a bad moment is joined again.
+    Rejoin(usize),
+}
+
+#[derive(Clone, Debug)]
+enum Storage {
+    /// From a leader.
+    Append(usize, RaftMessage),
+    /// A leader's own, in this term of Raft.
+    Own(u64, Option<Rc<Proposal>>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum GuestTimer {
+    Booted,
+    Dead,
+    ShutDown,
+    /// The migration goes on.
+    Step,
+    /// The target's acknowledgement did not come.
+    GiveUp,
+}
+
+#[derive(Clone, Debug)]
+enum Message {
+    Heartbeat(Heartbeat, u64),
+    Grant(Grant),
+    Challenge(Incarnation, u64),
+    Raft(RaftMessage),
+    /// Reports of one node keep their order: this is when it was sent.
+    Report(NodeId, u64, Rc<NodeReport>),
+    Propose(Rc<Proposal>),
+    Proposed(RequestId, Reply),
+    Word(Word),
+    /// The target of this migration is over.
+    TargetOver(VmId, Epoch),
+    /// All of the guest, to the QEMU of this epoch; and which state of it.
+    Stream {
+        vm: VmId,
+        from: Epoch,
+        to: Epoch,
+        ram: u64,
+    },
+    StreamTaken {
+        vm: VmId,
+        from: Epoch,
+        to: Epoch,
+    },
+    StreamBroken {
+        vm: VmId,
+        to: Epoch,
+    },
+}
+
+/// What the agent of a migration's source tells that of its target.
+#[derive(Clone, Copy, Debug)]
+struct Word {
+    vm: VmId,
+    to: Epoch,
+    /// The source has sent it and never continues it; else the source is dead.
+    sent: bool,
+}
+
+impl Message {
+    fn part(&self) -> Part {
+        match self {
+            Message::Grant(_) | Message::Challenge(..) => Part::Keeper,
+            Message::Stream { .. } | Message::StreamTaken { .. } | Message::StreamBroken { .. } => Part::Guests,
+            _ => Part::Agent,
+        }
+    }
+}
+
+struct Queued {
+    at: u64,
+    order: u64,
+    event: Event,
+}
+
+impl PartialEq for Queued {
+    fn eq(&self, other: &Self) -> bool {
+        (self.at, self.order) == (other.at, other.order)
+    }
+}
+impl Eq for Queued {}
+impl PartialOrd for Queued {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Queued {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.order).cmp(&(other.at, other.order))
+    }
+}
+
+/// Everything.
+pub struct World {
+    setting: Setting,
+    /// True time in nanoseconds.
+    now: u64,
+    queue: BinaryHeap<Reverse<Queued>>,
+    order: u64,
+    rng: Rng,
+    steps: Vec<Step>,
+    hosts: Vec<Host>,
+    links: Links,
+    chain: Chain,
+    /// How often each VM's disks were written by a guest that began to run.
+    disks: BTreeMap<VmId, u64>,
+    serial: u64,
+    clients: Vec<Client>,
+    /// Things break by themselves, too: off once everything is to heal.
+    troubled: bool,
+    last_decision: u64,
+    violation: Option<Violation>,
+    timeline: Vec<(u64, String)>,
+}
+
+impl World {
+    /// Hosts with a cluster whose log says that it was founded and joined.
+    pub fn new(setting: Setting, steps: Vec<Step>) -> Self {
+        let rng = Rng::new(setting.seed ^ 0x0077_6f72_6c64);
+        let nodes = setting.nodes;
+        let mut world = World {
+            now: 0,
+            queue: BinaryHeap::new(),
+            order: 0,
+            rng,
+            hosts: Vec::new(),
+            links: Links::new(nodes),
+            chain: Chain::default(),
+            disks: BTreeMap::new(),
+            serial: 0,
+            clients: Vec::new(),
+            troubled: !setting.calm,
+            last_decision: 0,
+            violation: None,
+            timeline: Vec::new(),
+            steps,
+            setting,
+        };
+        world.found();
+        for (index, step) in world.steps.iter().enumerate() {
+            let queued = Queued { at: step.at_ms * MS, order: index as u64, event: Event::Script(index) };
+            world.queue.push(Reverse(queued));
+        }
+        world.order = world.steps.len() as u64;
+        for host in 0..nodes {
+            world.power_on(host);
+        }
+        world
+    }
+
+    fn election(&self) -> ElectionTiming {
+        let (window_ms, hold_ms, heartbeat_ms) = match self.setting.profile {
+            Profile::Fast => (200, 225, 40),
+            _ => (320, 360, 60),
+        };
+        ElectionTiming { window_ms, hold_ms, heartbeat_ms }
+    }
+
+    /// The log that the cluster begins with, the same on every disk.
+    fn found(&mut self) {
+        let facts = |index: usize, memory_mib: u64| NodeFacts {
+            cpus: 64,
+            memory_bytes: memory_mib << 20,
+            accelerator: Accelerator::Tcg,
+            qemu: Some("7.2.0".into()),
+            machines: vec!["pc-q35-7.2".into()],
+            addresses: vec![NodeAddress {
+                interface: "lan".into(),
+                ip: [10, 77, 1, index as u8 + 1].into(),
+                prefix: 24,
+            }],
+            version: "0.1.0".into(),
+            watchdog: None,
+        };
+        let memory = self.setting.memory_mib;
+        let host = |index: usize| NewNode {
+            name: format!("n{}", index + 1),
+            port: 7001,
+            heartbeat_port: 7002,
+            heartbeat_key: [index as u8 + 1; 32],
+            facts: facts(index, memory),
+        };
+        let cluster = Cluster {
+            name: "sim".into(),
+            id: Uuid::from_u128(1),
+            founded_ms: WALL_ZERO_MS,
+            ca_certificate: String::new(),
+            ca_key: String::new(),
+        };
+        let mut commands = vec![Command::Found { cluster, node: host(0) }];
+        for index in 1..self.setting.nodes {
+            let digest = format!("token-{index}");
+            commands.push(Command::AddJoinToken { digest: digest.clone(), expires_ms: u64::MAX });
+            commands.push(Command::Join { digest, node: host(index) });
+        }
+        if self.setting.profile != Profile::Default {
+            commands.push(Command::SetProfile { profile: self.setting.profile });
+        }
+        let kind = VolumeKind::Directory { path: "/srv/vol1".into() };
+        commands.push(Command::AddVolume { name: "vol1".into(), id: Uuid::from_u128(2), kind });
+        let entries: Vec<_> =
+            commands.into_iter().map(|command| self.proposal("setup", WALL_ZERO_MS, command)).collect();
+        let log: Vec<_> =
+            entries.into_iter().map(|proposal| crate::raft::Entry { term: 1, proposal: Some(proposal) }).collect();
+        for entry in &log {
+            self.chain.append(entry);
+        }
+        for index in 0..self.setting.nodes {
+            let host = Host::new(index, self, log.clone());
+            self.hosts.push(host);
+        }
+    }
+
+    fn proposal(&mut self, by: &str, at_ms: u64, command: Command) -> Rc<Proposal> {
+        let id = RequestId(Uuid::from_u64_pair(self.rng.next(), self.rng.next()));
+        Rc::new(Proposal { id, at_ms, by: by.into(), command })
+    }
+
+    /// Draws from a range; its middle in a calm world.
+    fn draw(&mut self, low: u64, high: u64) -> u64 {
+        if self.setting.calm { (low + high) / 2 } else { self.rng.between(low, high) }
+    }
+
+    /// Whether something unlikely happens now; never in a calm world.
+    fn chance(&mut self, permille: u64) -> bool {
+        self.troubled && self.rng.permille(permille)
+    }
+
+    fn mutated(&self, mutation: Mutation) -> bool {
+        self.setting.mutation == Some(mutation)
+    }
+
+    fn at(&mut self, at: u64, event: Event) {
+        self.order += 1;
+        self.queue.push(Reverse(Queued { at: at.max(self.now), order: self.order, event }));
+    }
+
+    fn after_us(&mut self, us: u64, event: Event) {
+        self.at(self.now + us * 1_000, event);
+    }
+
+    fn boot(&self, host: usize) -> BootTime {
+        self.hosts[host].clock.read(self.now)
+    }
+
+    fn wall_ms(&self, host: usize) -> u64 {
+        (WALL_ZERO_MS + self.now / MS).saturating_add_signed(self.hosts[host].wall_skew_ms)
+    }
+
+    fn log(&mut self, text: impl FnOnce() -> String) {
+        if self.setting.trace {
+            let at = self.now;
+            self.timeline.push((at, text()));
+        }
+    }
+
+    /// True time, in milliseconds.
+    pub fn now_ms(&self) -> u64 {
+        self.now / MS
+    }
+
+    /// What was broken, if anything.
+    pub fn violation(&self) -> Option<&Violation> {
+        self.violation.as_ref()
+    }
+
+    /// What happened, with its moment in nanoseconds.
+    pub fn into_timeline(self) -> Vec<(u64, String)> {
+        self.timeline
+    }
+
+    /// How many entries were committed and how many of them were decisions.
+    pub fn committed(&self) -> (usize, usize) {
+        (self.chain.len(), self.chain.decisions)
+    }
+
+    /// Runs until `ms` of true time, or until something is broken.
+    pub fn run_until(&mut self, ms: u64) {
+        while self.violation.is_none() {
+            let due = self.queue.peek().is_some_and(|Reverse(next)| next.at <= ms * MS);
+            if !due {
+                self.now = self.now.max(ms * MS);
+                return;
+            }
+            if let Some(Reverse(Queued { at, event, .. })) = self.queue.pop() {
+                self.now = at;
+                self.happen(event);
+            }
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        let Some(event) = self.unless_stopped(event) else {
+            return;
+        };
+        match event {
+            Event::Script(index) => self.play(index),
+            Event::Deliver { from, to, message } => self.deliver(from, to, message),
+            Event::Start(host, part, power) => self.start_part(host, part, power),
+            Event::KeeperBeat(host, life) => self.keeper_beat(host, life),
+            Event::KeeperAlarm(host, life) => {
+                if self.hosts[host].keeper.is_life(life) {
+                    self.keeper_turn(host);
+                }
+            }
+            Event::AgentTick(host, life) => self.agent_tick(host, life),
+            Event::Stored(host, life, what) => self.agent_stored(host, life, what),
+            Event::Guest(host, serial, timer) => self.guest_timer(host, serial, timer),
+            Event::Client(index) => self.client_turn(index),
+            Event::Rejoin(host) => self.isolate(host, false),
+        }
+    }
+
+    /// What is meant for a part that stands still waits for it.
+    fn unless_stopped(&mut self, event: Event) -> Option<Event> {
+        let (host, part) = match &event {
+            Event::Deliver { to, message, .. } => (*to, message.part()),
+            Event::KeeperBeat(host, _) | Event::KeeperAlarm(host, _) => (*host, Part::Keeper),
+            Event::AgentTick(host, _) | Event::Stored(host, ..) => (*host, Part::Agent),
+            Event::Guest(host, ..) => (*host, Part::Guests),
+            _ => return Some(event),
+        };
+        let host = &mut self.hosts[host];
+        let stopped = match part {
+            Part::Keeper => host.keeper_stopped,
+            Part::Agent => host.agent_stopped,
+            Part::Guests => host.suspended,
+        };
+        if !stopped {
+            return Some(event);
+        }
+        // A socket's buffer is not endless.
+        if host.waiting.len() < 20_000 {
+            host.waiting.push((part, event));
+        }
+        None
+    }
+}

@@ -1,0 +1,302 @@
+//! The oracle: knows everything, touches nothing, and says what was broken.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use holdfast_core::*;
+
+use super::World;
+use super::host::{Qemu, Stage, host_of};
+use crate::raft::Entry;
+
+/// A rule that was broken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// When, in milliseconds of true time.
+    pub at_ms: u64,
+    /// Which rule.
+    pub rule: &'static str,
+    /// How.
+    pub text: String,
+}
+
+/// What was committed, once for all nodes: each of them has to commit the same.
+#[derive(Default)]
+pub struct Chain {
+    entries: Vec<Entry>,
+    states: Vec<Rc<ClusterState>>,
+    replies: Vec<Reply>,
+    ids: BTreeMap<RequestId, usize>,
+    /// Decisions that were applied.
+    pub decisions: usize,
+}
+
+impl Chain {
+    /// The state after so many entries.
+    pub fn state(&self, index: usize) -> Rc<ClusterState> {
+        match index.checked_sub(1) {
+            Some(at) => self.states[at].clone(),
+            None => Rc::default(),
+        }
+    }
+
+    /// The state after all of them.
+    pub fn latest(&self) -> Rc<ClusterState> {
+        self.state(self.len())
+    }
+
+    /// How many entries there are.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// What became of an entry.
+    pub fn reply(&self, index: usize) -> Reply {
+        self.replies[index - 1].clone()
+    }
+
+    /// Where a proposal was first committed.
+    pub fn index_of(&self, id: RequestId) -> Option<usize> {
+        self.ids.get(&id).copied()
+    }
+
+    /// Applies the next entry.
+    pub fn append(&mut self, entry: &Entry) {
+        let mut state = self.latest();
+        let mut reply = Reply::Done;
+        if let Some(proposal) = &entry.proposal {
+            reply = Rc::make_mut(&mut state).apply(proposal);
+            self.ids.entry(proposal.id).or_insert(self.entries.len() + 1);
+            if matches!(proposal.command, Command::Decide { .. }) && reply == Reply::Done {
+                self.decisions += 1;
+            }
+        }
+        self.entries.push(entry.clone());
+        self.states.push(state);
+        self.replies.push(reply);
+    }
+
+    fn proposals(&self) -> impl Iterator<Item = &Rc<Proposal>> {
+        self.entries.iter().filter_map(|entry| entry.proposal.as_ref())
+    }
+}
+
+impl World {
+    pub(super) fn broken(&mut self, rule: &'static str, text: String) {
+        if self.violation.is_none() {
+            self.log(|| format!("BROKEN {rule}: {text}"));
+            self.violation = Some(Violation { at_ms: self.now_ms(), rule, text });
+        }
+    }
+
+    /// A node has committed an entry.
+    pub(super) fn commit(&mut self, index: usize, entry: &Entry) {
+        let id = |entry: &Entry| entry.proposal.as_ref().map(|proposal| proposal.id);
+        if let Some(known) = self.chain.entries.get(index - 1) {
+            if (known.term, id(known)) != (entry.term, id(entry)) {
+                self.broken("one log", format!("two entries were committed at index {index}"));
+            }
+            return;
+        }
+        let before = self.chain.latest();
+        self.chain.append(entry);
+        let after = self.chain.latest();
+        let decided = entry.proposal.as_ref().is_some_and(|proposal| {
+            matches!(proposal.command, Command::Decide { .. }) && self.chain.reply(index) == Reply::Done
+        });
+        if decided {
+            self.last_decision = self.now;
+        }
+        self.judge_epochs(&before, &after);
+        self.tell_news(&before, &after);
+        for node in after.nodes.values().filter(|node| !node.is_up()) {
+            let was_up = before.nodes.get(&node.id).is_some_and(Node::is_up);
+            if was_up {
+                self.judge_condemned(usize::MAX, node.id, node.term);
+            }
+        }
+    }
+
+    fn tell_news(&mut self, before: &ClusterState, after: &ClusterState) {
+        if !self.setting.trace {
+            return;
+        }
+        for event in after.events.iter().filter(|event| event.index > before.last_event) {
+            let text = format!("{}: {}", event.subject, event.text);
+            self.timeline.push((self.now, text));
+        }
+    }
+
+    fn judge_epochs(&mut self, before: &ClusterState, after: &ClusterState) {
+        for (id, node) in &after.nodes {
+            if before.nodes.get(id).is_some_and(|was| was.term > node.term) {
+                self.broken("terms only grow", format!("{} went back to term {}", node.name, node.term));
+            }
+        }
+        for (id, vm) in &after.vms {
+            let Some(was) = before.vms.get(id) else {
+                continue;
+            };
+            let new = vm.tenures().filter(|tenure| !was.tenures().any(|old| old == *tenure));
+            let reused = new.filter(|tenure| tenure.epoch <= was.last_epoch).count();
+            let beyond = vm.tenures().any(|tenure| tenure.epoch > vm.last_epoch);
+            if was.last_epoch > vm.last_epoch || reused > 0 || beyond {
+                self.broken("epochs only grow", format!("{}: {:?} after {:?}", vm.name, vm.placement, was.placement));
+            }
+        }
+    }
+
+    /// A node's lease in this term is said to be over.
+    pub(super) fn judge_condemned(&mut self, by: usize, node: NodeId, term: NodeTerm) {
+        let host = host_of(node);
+        let now = self.boot(host);
+        if self.hosts[host].powered && self.holds_in(host, term, now) {
+            let who = if by == usize::MAX { "the cluster".into() } else { format!("n{}", by + 1) };
+            self.broken(
+                "leases end first",
+                format!("{who} says that the lease of n{} in term {term} is over, but it lasts", host + 1),
+            );
+        }
+    }
+
+    /// A grant came in.
+    pub(super) fn judge_lease(&mut self, host: usize) {
+        let now = self.boot(host);
+        let state = self.chain.latest();
+        let Some(node) = state.nodes.get(&self.node_of(host)) else {
+            return;
+        };
+        if !node.is_up() && self.holds_in(host, node.term, now) {
+            self.broken(
+                "leases end first",
+                format!("n{} holds a lease in term {}, in which it was called lost", host + 1, node.term),
+            );
+        }
+    }
+
+    /// A guest begins to run or goes on: nobody else may have it.
+    pub(super) fn judge_owners(&mut self, vm: VmId) {
+        let owners = self.owners(vm);
+        if owners.len() > 1 {
+            let places: Vec<_> = owners.iter().map(|(host, epoch)| format!("n{} (epoch {epoch})", host + 1)).collect();
+            let name = self.vm_name(vm);
+            self.broken("one owner", format!("{name} runs on {}", places.join(" and on ")));
+        }
+    }
+
+    /// A client was told what became of its command.
+    pub(super) fn judge_reply(&mut self, index: usize, reply: &Reply) {
+        let id = self.clients[index].proposal.id;
+        let committed = self.chain.index_of(id).map(|at| self.chain.reply(at));
+        if committed.as_ref() != Some(reply) {
+            self.broken(
+                "no acknowledged command lost",
+                format!("a client was told {reply:?}, the log says {committed:?}"),
+            );
+        }
+    }
+
+    /// At the end: the log, applied again from its text, gives the same state, and
+    /// what was called failed did not happen.
+    pub fn judge_log(&mut self) {
+        let mut again = ClusterState::default();
+        let proposals: Vec<_> = self.chain.proposals().cloned().collect();
+        for proposal in proposals {
+            let text = serde_json::to_string(&*proposal).unwrap_or_default();
+            match serde_json::from_str::<Proposal>(&text) {
+                Ok(read) if read == *proposal => {
+                    again.apply(&read);
+                }
+                _ => return self.broken("the log reads back", text),
+            }
+        }
+        if again != *self.chain.latest() {
+            self.broken("apply is deterministic", "the same log gave another state".into());
+        }
+        let happened = self.clients.iter().find(|client| {
+            let at = self.chain.index_of(client.proposal.id);
+            client.given_up_as_failed && at.is_some_and(|at| !matches!(self.chain.reply(at), Reply::Refused(_)))
+        });
+        if let Some(client) = happened {
+            let text = format!("a client was told that this failed: {:?}", client.proposal.command);
+            self.broken("unknown is a result", text);
+        }
+    }
+
+    /// It took longer than the bound.
+    pub fn not_settled(&mut self, what: &[String]) {
+        self.broken("settles", what.join("; "));
+    }
+
+    /// What is not yet as it should be once everything works again.
+    pub fn unsettled(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let state = self.chain.latest();
+        let coordinators: Vec<_> = (0..self.hosts.len()).filter(|host| self.is_settled(*host)).collect();
+        if coordinators.len() != 1 {
+            all.push(format!("{} coordinators that have nothing on their mind", coordinators.len()));
+        }
+        if self.now < self.last_decision + 3_000_000_000 {
+            all.push("decisions are still made".into());
+        }
+        for node in state.nodes.values() {
+            let host = host_of(node.id);
+            let open = self.hosts[host].keeper.open;
+            if !node.is_up() || open != Some(node.term) {
+                all.push(format!("{} is {:?} in term {}, and holds {open:?}", node.name, node.membership, node.term));
+            }
+        }
+        for job in state.running_jobs() {
+            all.push(format!("job {} goes on: {} {}", job.id, job.work.verb(), job.vm_name));
+        }
+        for vm in state.vms.values() {
+            all.extend(self.unsettled_vm(&state, vm));
+        }
+        for (index, host) in self.hosts.iter().enumerate() {
+            for ((vm, epoch), qemu) in &host.keeper.processes {
+                let wanted = state
+                    .vms
+                    .get(vm)
+                    .is_some_and(|vm| vm.tenures().any(|t| (host_of(t.node), t.epoch) == (index, *epoch)));
+                if !qemu.is_dead() && !wanted {
+                    all.push(format!("n{} runs {vm} (epoch {epoch}) that nobody wants", index + 1));
+                }
+            }
+        }
+        all
+    }
+
+    fn unsettled_vm(&self, state: &ClusterState, vm: &Vm) -> Option<String> {
+        let tell = |what: String| Some(format!("{}: {what}", vm.name));
+        if vm.disks != DiskStage::Ready {
+            return tell(format!("its disks are {:?}", vm.disks));
+        }
+        match (&vm.placement, vm.desired.wants_qemu()) {
+            (Placement::Nowhere, false) => None,
+            (Placement::Nowhere, true) => match &vm.hold {
+                Some(Hold::Failed { .. } | Hold::NotProtected) => None,
+                Some(Hold::NoRoom { .. }) => {
+                    let needs = vm.spec.memory_bytes + (64 << 20);
+                    let roomy = state.nodes.values().find(|node| {
+                        let on = |other: &&Vm| other.tenures().any(|tenure| tenure.node == node.id);
+                        let taken: u64 =
+                            state.vms.values().filter(on).map(|other| other.spec.memory_bytes + (64 << 20)).sum();
+                        node.facts.memory_bytes.saturating_sub(taken) >= needs
+                    });
+                    roomy.and_then(|node| tell(format!("is held for want of room, but {} has it", node.name)))
+                }
+                None => tell("should run, but is nowhere and nobody says why".into()),
+            },
+            (Placement::On(tenure), true) => {
+                let host = &self.hosts[host_of(tenure.node)];
+                let stage = host.keeper.processes.get(&(vm.id, tenure.epoch)).map(|qemu: &Qemu| qemu.stage);
+                let as_wanted = match vm.desired {
+                    Desired::Paused => stage == Some(Stage::Paused),
+                    _ => stage == Some(Stage::Running),
+                };
+                if as_wanted { None } else { tell(format!("should be {:?} as {tenure:?}, is {stage:?}", vm.desired)) }
+            }
+            (placement, _) => tell(format!("{:?} is wanted, is {placement:?}", vm.desired)),
+        }
+    }
+}
