@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use holdfast_core::*;
 use holdfast_qemu::{
-    MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Step, Word, cancel, prepare_incoming, start, watch, word,
+    MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Step, Word, cancel, prepare_incoming, progress, start, watch,
+    word,
 };
 use holdfast_vswitch::tap_name;
 use tokio::time::Instant;
@@ -171,7 +172,13 @@ impl Guest {
             }
         };
         match outcome {
-            Ok(Outcome::Completed { total, downtime }) => {
+            Ok(Outcome::Completed { mut total, mut downtime }) => {
+                // QEMU says that it is done before it has added up how long that took.
+                if total.is_zero()
+                    && let Ok(added_up) = progress(qmp).await
+                {
+                    (total, downtime) = (added_up.total_time(), added_up.downtime());
+                }
                 let moved = Moved { total_ms: total.as_millis() as u64, downtime_ms: downtime.as_millis() as u64 };
                 self.hand_over(tenure, to, Some(moved)).await
             }
