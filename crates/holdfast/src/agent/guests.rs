@@ -75,6 +75,8 @@ impl Agent {
             return if gone { HandedOver::Gone } else { HandedOver::Again("its QEMU is not ready here".into()) };
         };
         let paused = self.state().vms.get(&vm).is_some_and(|vm| vm.desired == Desired::Paused);
+        // Before it runs: its task here sees that too, and may be the first to say so.
+        member.reports.keep_moved(vm, call.epoch, call.moved);
         // The source's word can be faster than QEMU's last step here.
         let until = Instant::now() + LAST_STEP;
         let done = loop {
@@ -96,8 +98,7 @@ impl Agent {
         };
         match done {
             Ok(run) => {
-                let arrived = VmReport { epoch: call.epoch, run, moved: call.moved };
-                member.reports.say(|report| drop(report.vms.insert(vm, arrived)));
+                member.reports.say_vm(vm, call.epoch, run);
                 HandedOver::Done
             }
             Err(error) if error.is_gone() => HandedOver::Gone,

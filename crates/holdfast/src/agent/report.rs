@@ -75,6 +75,15 @@ impl Reports {
         });
     }
 
+    /// Keeps the figures of the migration that brings a VM here, to be told with
+    /// whatever is said of it next.
+    pub fn keep_moved(&self, vm: VmId, epoch: Epoch, moved: Option<Moved>) {
+        let mut own = locked(&self.own);
+        if let Some(known) = own.vms.get_mut(&vm).filter(|known| known.epoch == epoch) {
+            known.moved = moved.or(known.moved);
+        }
+    }
+
     /// Takes in what a node said, on the coordinator.
     pub fn hear(&self, node: NodeId, said: Numbered) {
         let mut heard = locked(&self.heard);

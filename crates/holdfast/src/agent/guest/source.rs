@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use holdfast_core::*;
 use holdfast_qemu::{
-    MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Step, Word, cancel, prepare_incoming, progress, start, watch,
-    word,
+    MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Step, Word, cancel, prepare_incoming, progress, start,
+    watch, word,
 };
 use holdfast_vswitch::tap_name;
 use tokio::time::Instant;
