@@ -1,0 +1,268 @@
+//! What the coordinator decides, one behaviour each.
+
+mod common;
+
+use common::*;
+use holdfast_core::check::{Broken, check};
+use holdfast_core::plan::plan;
+use holdfast_core::*;
+
+fn exited() -> Run {
+    Run::Exited { detail: "signal 11".into() }
+}
+
+#[test]
+fn nothing_to_do_is_an_empty_plan() {
+    let mut lab = Lab::new(3);
+    lab.running_web(Priority::Medium);
+    assert_eq!(lab.plan(), []);
+}
+
+#[test]
+fn a_lost_node_s_vm_starts_elsewhere_under_a_greater_epoch() {
+    let mut lab = Lab::new(3);
+    let node = lab.running_web(Priority::Medium);
+    lab.lose(node);
+    let actions = lab.plan();
+    assert_eq!(actions[0], Action::DeclareLost { node: NodeId(node) });
+    assert_ne!(lab.on(WEB), Some(node));
+    assert_eq!(lab.state.vms[&WEB].last_epoch, Epoch(2));
+}
+
+#[test]
+fn silence_alone_loses_nobody() {
+    let mut lab = Lab::new(3);
+    let node = lab.running_web(Priority::Medium);
+    lab.observed.nodes.get_mut(&NodeId(node)).unwrap().silent_ms = 60_000;
+    assert_eq!(lab.plan(), []);
+}
+
+#[test]
+fn a_restarted_keeper_s_vm_starts_anew_because_its_predecessor_s_is_dead() {
+    let mut lab = Lab::new(1);
+    let node = lab.running_web(Priority::Medium);
+    lab.hear(node, 999);
+    lab.plan();
+    assert_eq!(lab.state.nodes[&NodeId(1)].term, NodeTerm(2));
+    assert_eq!(lab.state.vms[&WEB].last_epoch, Epoch(2));
+}
+
+#[test]
+fn priority_none_is_not_restarted_and_its_job_says_so() {
+    let mut lab = Lab::new(2);
+    let job = lab.create(WEB, "web", spec(512, Priority::None));
+    lab.plan();
+    let node = lab.on(WEB).unwrap();
+    lab.lose(node);
+    lab.plan();
+    assert_eq!(lab.state.vms[&WEB].hold, Some(Hold::NotProtected));
+    assert!(matches!(lab.outcome(job), Some(Outcome::Failed { .. })));
+    assert_eq!(lab.plan(), []);
+}
+
+#[test]
+fn a_crash_is_repeated_in_place_then_elsewhere_then_held() {
+    let mut lab = Lab::new(2);
+    let first = lab.running_web(Priority::Medium);
+    let mut places = Vec::new();
+    while let Some(node) = lab.on(WEB) {
+        lab.now_ms += 1000;
+        lab.say(node, WEB, exited());
+        lab.plan();
+        places.extend(lab.on(WEB));
+    }
+    let other = 3 - first;
+    assert_eq!(places, [first, first, first, other, other, other, other]);
+    assert!(matches!(lab.state.vms[&WEB].hold, Some(Hold::Failed { .. })));
+}
+
+#[test]
+fn crashes_are_forgotten_after_their_window() {
+    let mut lab = Lab::new(1);
+    lab.running_web(Priority::Medium);
+    for _ in 0..10 {
+        lab.now_ms += 601_000;
+        lab.say(1, WEB, exited());
+        lab.plan();
+        assert_eq!(lab.on(WEB), Some(1));
+    }
+}
+
+#[test]
+fn memory_is_never_promised_twice_and_priority_comes_first() {
+    let mut lab = Lab::new(2);
+    let ids = [(vm_id(1), Priority::Low), (vm_id(2), Priority::High), (vm_id(3), Priority::Medium)];
+    for (id, priority) in ids {
+        lab.create(id, &format!("vm{}", id.0.as_u128()), spec(900, priority));
+        lab.plan();
+    }
+    let (roomy, full) = (1..=2)
+        .map(|n| (n, ids.iter().filter(|(id, _)| lab.on(*id) == Some(n)).count()))
+        .fold((0, 0), |(r, f), (n, count)| if count == 1 { (n, f) } else { (r, n) });
+    assert!(roomy != full && roomy > 0 && full > 0);
+    lab.lose(roomy);
+    lab.plan();
+    let held: Vec<_> = ids.iter().filter(|(id, _)| lab.on(*id).is_none()).collect();
+    assert_eq!(held.len(), 1, "two fit on the node that is left");
+    lab.hear(roomy, 555);
+    let seen = lab.observed.nodes.get_mut(&NodeId(roomy)).unwrap();
+    (seen.lease_ended, seen.silent_ms) = (false, 0);
+    lab.plan();
+    assert!(ids.iter().all(|(id, _)| lab.on(*id).is_some()), "room appeared");
+}
+
+#[test]
+fn a_job_to_restart_ends_when_its_vm_is_held_instead() {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::None);
+    let job = lab.job(Command::RestartVm { vm: WEB });
+    lab.lose(node);
+    lab.plan();
+    assert!(matches!(lab.outcome(job), Some(Outcome::Failed { .. })), "{:?}", lab.outcome(job));
+}
+
+fn other_than(node: u64) -> u64 {
+    3 - node
+}
+
+/// `web` on its way from the first node to the second.
+fn moving(lab: &mut Lab) -> (u64, u64, JobId) {
+    let from = lab.running_web(Priority::Medium);
+    let to = other_than(from);
+    let job = lab.job(Command::MigrateVm { vm: WEB, to: Some(NodeId(to)) });
+    (from, to, job)
+}
+
+fn transferring(lab: &mut Lab) -> (u64, u64, JobId) {
+    let (from, to, job) = moving(lab);
+    lab.say(to, WEB, Run::Waiting { address: "10.0.0.2:49152".into() });
+    assert_eq!(lab.plan(), [Action::Transfer { vm: WEB, address: "10.0.0.2:49152".into() }]);
+    (from, to, job)
+}
+
+#[test]
+fn a_migration_ends_where_the_target_says_that_the_guest_runs() {
+    let mut lab = Lab::new(2);
+    let (from, to, job) = transferring(&mut lab);
+    lab.say(from, WEB, Run::Sent);
+    assert_eq!(lab.plan(), []);
+    lab.say(to, WEB, Run::Running);
+    lab.plan();
+    assert_eq!((lab.on(WEB), lab.outcome(job)), (Some(to), Some(Outcome::Done)));
+}
+
+#[test]
+fn a_migration_that_the_source_gave_up_ends_where_it_began() {
+    let mut lab = Lab::new(2);
+    let (from, _, job) = transferring(&mut lab);
+    lab.say(from, WEB, Run::Kept { why: "no route".into() });
+    lab.plan();
+    assert_eq!(lab.on(WEB), Some(from));
+    assert!(matches!(lab.outcome(job), Some(Outcome::Failed { .. })));
+}
+
+#[test]
+fn one_lost_end_of_a_migration_starts_nothing_anew() {
+    for lost_source in [true, false] {
+        let mut lab = Lab::new(2);
+        let (from, to, _) = transferring(&mut lab);
+        lab.lose(if lost_source { from } else { to });
+        let actions = lab.plan();
+        assert_eq!(actions.len(), 1, "only the loss: {actions:?}");
+        assert_eq!(lab.plan(), []);
+    }
+}
+
+#[test]
+fn a_migration_with_both_ends_over_starts_anew_and_its_job_fails() {
+    let mut lab = Lab::new(2);
+    let (from, to, job) = transferring(&mut lab);
+    lab.lose(from);
+    lab.plan();
+    lab.say(to, WEB, exited());
+    lab.plan();
+    assert_eq!(lab.on(WEB), Some(to));
+    assert!(matches!(lab.outcome(job), Some(Outcome::Failed { .. })));
+}
+
+#[test]
+fn a_migration_whose_vm_stays_off_ends_its_job() {
+    let mut lab = Lab::new(2);
+    let (from, to, job) = transferring(&mut lab);
+    lab.job(Command::SetDesired { vm: WEB, desired: Desired::ForcedOff });
+    lab.say(from, WEB, exited());
+    lab.say(to, WEB, exited());
+    lab.plan();
+    assert_eq!(lab.state.vms[&WEB].placement, Placement::Nowhere);
+    assert!(matches!(lab.outcome(job), Some(Outcome::Failed { .. })), "{:?}", lab.outcome(job));
+}
+
+#[test]
+fn a_cancelled_migration_ends_as_cancelled() {
+    let mut lab = Lab::new(2);
+    let (from, _, job) = moving(&mut lab);
+    assert_eq!(lab.ask(Command::CancelJob { job }), Reply::Done);
+    lab.plan();
+    assert_eq!((lab.on(WEB), lab.outcome(job)), (Some(from), Some(Outcome::Cancelled)));
+}
+
+#[test]
+fn a_report_from_an_earlier_term_says_nothing() {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::Medium);
+    lab.say(node, WEB, exited());
+    lab.observed.nodes.get_mut(&NodeId(node)).unwrap().report.as_mut().unwrap().term = NodeTerm(0);
+    assert_eq!(lab.plan(), []);
+}
+
+#[test]
+fn the_same_request_is_applied_once() {
+    let mut lab = Lab::new(2);
+    lab.running_web(Priority::Medium);
+    let id = RequestId(uuid::Uuid::from_u128(u128::MAX));
+    let command = Command::RestartVm { vm: WEB };
+    let proposal = Proposal { id, at_ms: lab.now_ms, by: "anna".into(), command };
+    let first = lab.state.apply(&proposal);
+    let after = lab.state.clone();
+    assert_eq!(lab.state.apply(&proposal), first);
+    assert_eq!(lab.state, after);
+}
+
+#[test]
+fn a_plan_made_from_another_revision_changes_nothing() {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::Medium);
+    lab.lose(node);
+    let stale = plan(&lab.state, &lab.observed, lab.now_ms);
+    lab.ask(Command::SetProfile { profile: Profile::Fast });
+    assert!(matches!(check(&lab.state, &stale), Err(Broken::Revision { .. })));
+    let vms = lab.state.vms.clone();
+    let reply = lab.ask(Command::Decide { revision: stale.revision, decisions: stale.decisions });
+    assert!(matches!(reply, Reply::Refused(Refusal::Stale { .. })));
+    assert_eq!(lab.state.vms, vms);
+}
+
+#[test]
+fn the_judge_refuses_what_breaks_a_rule() {
+    let mut lab = Lab::new(3);
+    let node = lab.running_web(Priority::Medium);
+    let tenure = *lab.state.vms[&WEB].tenures().next().unwrap();
+    let requested = || Cause::Requested { by: "anna".into() };
+    let elsewhere = NodeId(node % 3 + 1);
+    let ended = |evidence| vec![Ended { tenure, evidence }];
+    let place = |node, after| Action::Place { vm: WEB, node, after };
+    let lost = |node| Cause::LeaseEnded { node, term: NodeTerm(7), silent_ms: 1 };
+    let cases = [
+        (place(elsewhere, Vec::new()), requested(), Broken::StillOut { vm: WEB, node: tenure.node }),
+        (place(elsewhere, ended(Evidence::TermOver)), requested(), Broken::Evidence { vm: WEB, node: tenure.node }),
+        (place(NodeId(9), ended(Evidence::Exited)), requested(), Broken::NotUp { vm: WEB, node: NodeId(9) }),
+        (Action::DeclareLost { node: tenure.node }, requested(), Broken::Lost(tenure.node)),
+        (Action::DeclareLost { node: tenure.node }, lost(tenure.node), Broken::Lost(tenure.node)),
+        (Action::Admit { node: NodeId(9), incarnation: Incarnation(1) }, requested(), Broken::Admitted(NodeId(9))),
+        (Action::AbortMove { vm: WEB }, requested(), Broken::Move(WEB)),
+    ];
+    for (action, cause, broken) in cases {
+        let plan = Plan { revision: lab.state.revision, decisions: vec![Decision { action, cause }] };
+        assert_eq!(check(&lab.state, &plan), Err(broken));
+    }
+}

@@ -1,0 +1,85 @@
+//! What the log and the snapshots store is a contract: a change here is a change
+//! to what every cluster has on its disks. `UPDATE=1` writes the files anew.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::*;
+use holdfast_core::plan::plan;
+use holdfast_core::*;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use uuid::Uuid;
+
+fn golden<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(name: &str, value: &T) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let text = serde_json::to_string_pretty(value).unwrap() + "\n";
+    if std::env::var_os("UPDATE").is_some() {
+        fs::write(&file, &text).unwrap();
+    }
+    let stored = fs::read_to_string(&file).unwrap();
+    assert_eq!(stored, text, "{name}: the stored format changed; UPDATE=1 accepts it");
+    assert_eq!(serde_json::from_str::<T>(&stored).unwrap(), *value);
+}
+
+fn eventful() -> Lab {
+    let mut lab = Lab::new(2);
+    let from = lab.running_web(Priority::High);
+    lab.ask(Command::MigrateVm { vm: WEB, to: Some(NodeId(3 - from)) });
+    lab.ask(Command::AddSwitch { name: "lan".into(), kind: SwitchKind::External { uplink: "eth0".into() } });
+    lab.ask(Command::AddApiToken { name: "ci".into(), digest: "00ff".into() });
+    lab
+}
+
+#[test]
+fn the_state_in_a_snapshot() {
+    golden("cluster_state.json", &eventful().state);
+}
+
+#[test]
+fn a_decision_in_the_log() {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::High);
+    lab.lose(node);
+    let plan = plan(&lab.state, &lab.observed, lab.now_ms);
+    let command = Command::Decide { revision: plan.revision, decisions: plan.decisions };
+    let id = RequestId(Uuid::from_u128(77));
+    golden("decide.json", &Proposal { id, at_ms: NOW, by: "coordinator".into(), command });
+}
+
+#[test]
+fn a_user_s_command_in_the_log() {
+    let nic = NicSpec { switch: "lan".into(), mac: "52:54:00:12:34:56".parse().unwrap(), vlan: Some(7) };
+    let boot = DirectBoot {
+        volume: "vol1".into(),
+        kernel: "vms/web/kernel".into(),
+        initrd: Some("vms/web/initrd".into()),
+        append: "quiet".into(),
+    };
+    let command = Command::CreateVm {
+        id: WEB,
+        name: "web".into(),
+        spec: VmSpec { nics: vec![nic], direct_boot: Some(boot), ..spec(512, Priority::Medium) },
+        node: NodeId(1),
+        sources: Sources { images: vec![Some("/tmp/image.qcow2".into())], start: true, ..Sources::default() },
+    };
+    let id = RequestId(Uuid::from_u128(78));
+    golden("create_vm.json", &Proposal { id, at_ms: NOW, by: "anna".into(), command });
+}
+
+#[test]
+fn a_state_read_back_goes_on_the_same_way() {
+    let lab = eventful();
+    let mut copy: ClusterState = serde_json::from_str(&serde_json::to_string(&lab.state).unwrap()).unwrap();
+    let mut original = lab.state.clone();
+    let next = Proposal {
+        id: RequestId(Uuid::from_u128(79)),
+        at_ms: NOW + 1,
+        by: "anna".into(),
+        command: Command::SetProfile { profile: Profile::Wan },
+    };
+    assert_eq!(original.apply(&next), copy.apply(&next));
+    assert_eq!(original, copy);
+}
