@@ -212,7 +212,7 @@ impl Cluster {
         let request = CreateVm { vm: self.definition(template), start: template.start };
         let job = self.any()?.create_vm(&request)?;
         self.job_done(&job, BOOT_DEADLINE)?;
-        let view = self.any()?.vm(&template.name)?;
+        let view = self.wait_vm(&template.name, BOOT_DEADLINE, |_| true)?;
         let Some(disk) = view.disks.first() else { bail!("VM {} has no disk", view.name) };
         Ok(GuestVm {
             name: view.name.clone(),

@@ -19,7 +19,9 @@ const STAND_WITHIN: Duration = Duration::from_secs(3);
 const RETRY: Duration = Duration::from_millis(10);
 
 impl Cluster {
-    /// A client of a node that answers: one that is in touch with a quorum, if any is.
+    /// A client of a node that answers: the coordinator, when a node that is in
+    /// touch with a quorum knows one. It is the first to know what was agreed on,
+    /// so whoever asks here finds there what another node has acknowledged.
     ///
     /// # Errors
     /// When no node answers.
@@ -37,10 +39,11 @@ impl Cluster {
         while let Ok((stands, client)) = told.recv_timeout(STAND_WITHIN) {
             let client = ApiClient::new(client.socket());
             match stands {
-                Ok(view) if view.coordinator.is_some() && view.quorum.connected >= view.quorum.needed => {
-                    return Ok(client);
-                }
                 Ok(view) => {
+                    let in_touch = view.quorum.connected >= view.quorum.needed;
+                    if let Some(coordinator) = view.coordinator.filter(|_| in_touch) {
+                        return Ok(self.client(&coordinator));
+                    }
                     if second_best.as_ref().is_none_or(|(revision, _)| *revision < view.revision) {
                         second_best = Some((view.revision, client));
                     }

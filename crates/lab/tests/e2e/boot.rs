@@ -1,5 +1,7 @@
 //! A VM's life, by the API.
 
+use std::time::Duration;
+
 use holdfast_api::{DesiredState, VmState};
 use holdfast_lab::cluster::VmTemplate;
 
@@ -24,7 +26,7 @@ fn a_vm_boots_pauses_restarts_stops_and_is_deleted() {
     let api = cluster.any().unwrap();
     cluster.job_done(&api.pause_vm("web").unwrap(), DEADLINE).unwrap();
     cluster.wait_vm("web", DEADLINE, |vm| vm.state == VmState::Paused).unwrap();
-    assert!(client.ping(std::time::Duration::from_millis(500)).is_err(), "a paused guest answered");
+    assert!(client.ping(Duration::from_millis(500)).is_err(), "a paused guest answered");
     assert_eq!(refused(api.start_vm("web")).0, "conflict");
     cluster.job_done(&api.resume_vm("web").unwrap(), DEADLINE).unwrap();
     assert_eq!(client.ping(DEADLINE).unwrap().boot_id, first.boot_id);
@@ -49,7 +51,12 @@ fn a_vm_boots_pauses_restarts_stops_and_is_deleted() {
     let third = client.write(DEADLINE).unwrap();
     // The guest that ends itself stays off.
     assert_eq!(client.command("poweroff", DEADLINE).unwrap(), "ok");
-    cluster.wait_vm("web", DEADLINE, |vm| vm.state == VmState::Off).unwrap();
+    let ended = cluster.wait_vm("web", DEADLINE, |vm| vm.state == VmState::Off);
+    if let Err(error) = ended {
+        // Who is to blame: a guest that did not end, or a cluster that did not see it?
+        let answer = client.ping(Duration::from_secs(2));
+        panic!("the guest was told to end, and answers {answer:?}: {error:#}");
+    }
     cluster.assert_clean(&[(&vm, &[first, second, third])]).unwrap();
 
     let causes = api.explain("web").unwrap().causes;
