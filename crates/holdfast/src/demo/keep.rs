@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use holdfast_api::VmState;
 use holdfast_lab::cluster::Cluster;
+use holdfast_lab::guest;
 
 use super::{Actor, Story};
 
@@ -48,7 +49,8 @@ impl Story {
         let users = cluster.lab().fabric().client().name().to_owned();
         if let Some(actor) = actors.first() {
             lines.push("Users of the guests are in a namespace of their own:".to_owned());
-            lines.push(format!("  ip netns exec {users} ping {}", actor.vm.ip));
+            let asking = format!("exec 3<>/dev/tcp/{}/{}; echo status >&3; head -1 <&3", actor.vm.ip, guest::PORT);
+            lines.push(format!("  ip netns exec {users} bash -c '{asking}'"));
         }
         lines.push("Cut a host's power (it stays off; its VMs start elsewhere):".to_owned());
         for host in cluster.hosts() {
