@@ -25,10 +25,7 @@ impl Options {
     pub fn parse(cmdline: &str) -> Self {
         let mut options = Options::default();
         for word in cmdline.split_ascii_whitespace() {
-            let Some((name, value)) = word
-                .strip_prefix("hf.")
-                .and_then(|option| option.split_once('='))
-            else {
+            let Some((name, value)) = word.strip_prefix("hf.").and_then(|option| option.split_once('=')) else {
                 if word.starts_with("hf.") {
                     options.rejected.push(word.to_owned());
                 }
@@ -62,10 +59,7 @@ fn set<T>(option: &mut Option<T>, value: Option<T>) -> bool {
 
 fn address(value: &str) -> Option<(Ipv4Addr, u8)> {
     let (address, prefix) = value.split_once('/')?;
-    let prefix = prefix
-        .parse()
-        .ok()
-        .filter(|prefix| (1..=32).contains(prefix))?;
+    let prefix = prefix.parse().ok().filter(|prefix| (1..=32).contains(prefix))?;
     Some((address.parse().ok()?, prefix))
 }
 
@@ -85,27 +79,14 @@ mod tests {
         );
         assert_eq!(options.address, Some((Ipv4Addr::new(10, 0, 0, 5), 24)));
         assert_eq!(options.gateway, Some(Ipv4Addr::new(10, 0, 0, 1)));
-        assert_eq!(
-            (options.writer_per_s, options.dirty, options.fill_mb),
-            (Some(50), Some((100, 256)), Some(64))
-        );
+        assert_eq!((options.writer_per_s, options.dirty, options.fill_mb), (Some(50), Some((100, 256)), Some(64)));
         assert_eq!(options.rejected, Vec::<String>::new());
     }
 
     #[test]
     fn nonsense_is_set_aside() {
-        let options =
-            Options::parse("hf.ip=10.0.0.5 hf.ip=1.2.3.4/33 hf.dirty=5 hf.gw= hf.bogus=1 hf.flag");
+        let options = Options::parse("hf.ip=10.0.0.5 hf.ip=1.2.3.4/33 hf.dirty=5 hf.gw= hf.bogus=1 hf.flag");
         assert_eq!(options.address, None);
-        assert_eq!(
-            options.rejected,
-            [
-                "hf.ip=10.0.0.5",
-                "hf.ip=1.2.3.4/33",
-                "hf.dirty=5",
-                "hf.bogus=1",
-                "hf.flag"
-            ]
-        );
+        assert_eq!(options.rejected, ["hf.ip=10.0.0.5", "hf.ip=1.2.3.4/33", "hf.dirty=5", "hf.bogus=1", "hf.flag"]);
     }
 }

@@ -45,9 +45,7 @@ impl Command {
     /// [`CommandError`] when it is no command.
     pub fn parse(line: &str) -> Result<Self, CommandError> {
         use crate::sys::Power;
-        let unknown = || CommandError {
-            line: line.trim().to_owned(),
-        };
+        let unknown = || CommandError { line: line.trim().to_owned() };
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         let number = |word: &str| word.parse::<u32>().map_err(|_| unknown());
         Ok(match words.as_slice() {
@@ -77,27 +75,10 @@ mod tests {
     #[test]
     fn commands_are_understood() {
         assert_eq!(Command::parse("ping 7\n"), Ok(Command::Ping(7)));
-        assert_eq!(
-            Command::parse(" writer on 50 "),
-            Ok(Command::Writer(Some(50)))
-        );
-        assert_eq!(
-            Command::parse("echo a  b"),
-            Ok(Command::Echo("a b".to_owned()))
-        );
-        assert_eq!(
-            Command::parse("dirty 100 256"),
-            Ok(Command::Dirty(100, 256))
-        );
-        for line in [
-            "",
-            "ping",
-            "ping x",
-            "dirty 1",
-            "writer",
-            "fill -1",
-            "poweroff now",
-        ] {
+        assert_eq!(Command::parse(" writer on 50 "), Ok(Command::Writer(Some(50))));
+        assert_eq!(Command::parse("echo a  b"), Ok(Command::Echo("a b".to_owned())));
+        assert_eq!(Command::parse("dirty 100 256"), Ok(Command::Dirty(100, 256)));
+        for line in ["", "ping", "ping x", "dirty 1", "writer", "fill -1", "poweroff now"] {
             let error = Command::parse(line).unwrap_err();
             assert!(error.to_string().contains("say one of ping N"), "{error}");
         }

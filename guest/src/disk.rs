@@ -28,9 +28,7 @@ pub enum DiskError {
         bytes: u64,
     },
     /// The header promises more than the device has.
-    #[error(
-        "the record disk {path} was cut to {bytes} bytes but its header promises {slots} records"
-    )]
+    #[error("the record disk {path} was cut to {bytes} bytes but its header promises {slots} records")]
     Shrunk {
         /// The device.
         path: PathBuf,
@@ -40,9 +38,7 @@ pub enum DiskError {
         slots: u64,
     },
     /// Something else lives there.
-    #[error(
-        "{path} holds something that is not a record disk: attach an empty one, nothing was written"
-    )]
+    #[error("{path} holds something that is not a record disk: attach an empty one, nothing was written")]
     Foreign {
         /// The device.
         path: PathBuf,
@@ -66,23 +62,12 @@ impl RecordDisk {
     /// # Errors
     /// [`DiskError`]; nothing is written unless the first sector is empty.
     pub fn open(path: &Path, boot_id: u64, direct: bool) -> Result<Self, DiskError> {
-        let failed = |source| DiskError::Io {
-            path: path.to_owned(),
-            source,
-        };
+        let failed = |source| DiskError::Io { path: path.to_owned(), source };
         let flags = if direct { libc::O_DIRECT } else { 0 };
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(failed)?;
+        let mut file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(failed)?;
         let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if bytes < 2 * SECTOR_BYTES as u64 {
-            return Err(DiskError::TooSmall {
-                path: path.to_owned(),
-                bytes,
-            });
+            return Err(DiskError::TooSmall { path: path.to_owned(), bytes });
         }
         let mut header = Aligned([0; SECTOR_BYTES]);
         file.read_exact_at(&mut header.0, 0).map_err(failed)?;
@@ -94,16 +79,10 @@ impl RecordDisk {
             room
         } else {
             // A disk that grew keeps its layout: its records stay where the header says.
-            records::decode_header(&header.0).ok_or_else(|| DiskError::Foreign {
-                path: path.to_owned(),
-            })?
+            records::decode_header(&header.0).ok_or_else(|| DiskError::Foreign { path: path.to_owned() })?
         };
         if slots > room {
-            return Err(DiskError::Shrunk {
-                path: path.to_owned(),
-                bytes,
-                slots,
-            });
+            return Err(DiskError::Shrunk { path: path.to_owned(), bytes, slots });
         }
         let last = records::highest(&file, slots).map_err(failed)?;
         Ok(RecordDisk {
@@ -136,15 +115,9 @@ impl RecordDisk {
         let mut sector = Aligned([0; SECTOR_BYTES]);
         for sequence in first..first + count {
             let uptime_ns = u64::try_from(sys::uptime().as_nanos()).unwrap_or(u64::MAX);
-            let record = Record {
-                sequence,
-                epoch: self.epoch,
-                boot_id: self.boot_id,
-                uptime_ns,
-            };
+            let record = Record { sequence, epoch: self.epoch, boot_id: self.boot_id, uptime_ns };
             sector.0 = record.encode();
-            self.file
-                .write_all_at(&sector.0, records::offset(sequence, self.slots))?;
+            self.file.write_all_at(&sector.0, records::offset(sequence, self.slots))?;
         }
         self.file.sync_data()?;
         self.next += count;
@@ -170,13 +143,7 @@ mod tests {
         let report = RecordsReport::read(image.path()).unwrap();
         assert_eq!((report.slots, report.highest, report.present), (19, 60, 19));
         assert_eq!((report.missing.len(), report.corrupt_sectors.len()), (0, 0));
-        assert_eq!(
-            report.lost(&[Acknowledged {
-                sequence: 60,
-                boot_id: 112
-            }]),
-            []
-        );
+        assert_eq!(report.lost(&[Acknowledged { sequence: 60, boot_id: 112 }]), []);
     }
 
     #[test]
@@ -187,10 +154,7 @@ mod tests {
         image.as_file().set_len(1 << 20).unwrap();
         image.as_file().write_all_at(b"a boot sector", 0).unwrap();
         assert!(matches!(open(), Err(DiskError::Foreign { .. })));
-        image
-            .as_file()
-            .write_all_at(&records::encode_header(1 << 20), 0)
-            .unwrap();
+        image.as_file().write_all_at(&records::encode_header(1 << 20), 0).unwrap();
         assert!(matches!(open(), Err(DiskError::Shrunk { .. })));
     }
 }

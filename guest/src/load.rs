@@ -15,9 +15,7 @@ const TICK: Duration = Duration::from_millis(10);
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// It would not fit.
-    #[error(
-        "{wanted_mb} MB do not fit: {available_mb} MB are available, {RESERVE_MB} MB of them are reserved"
-    )]
+    #[error("{wanted_mb} MB do not fit: {available_mb} MB are available, {RESERVE_MB} MB of them are reserved")]
     Memory {
         /// What was asked for.
         wanted_mb: u32,
@@ -55,10 +53,7 @@ impl Load {
         }
         let mut pages = incompressible(size_mb)?;
         let stop = Arc::new(AtomicBool::new(false));
-        *self
-            .stop_dirty
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&stop));
+        *self.stop_dirty.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&stop));
         self.dirty_mb_s.store(rate_mb_s, Ordering::Relaxed);
         thread::spawn(move || {
             let started = Instant::now();
@@ -82,11 +77,7 @@ impl Load {
 
     /// Ends dirtying and frees its memory.
     pub fn stop_dirty(&self) {
-        let running = self
-            .stop_dirty
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let running = self.stop_dirty.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(stop) = running {
             stop.store(true, Ordering::Relaxed);
         }
@@ -108,20 +99,13 @@ impl Load {
 }
 
 fn pages_due(elapsed: Duration, rate_mb_s: u32) -> u64 {
-    u64::try_from(elapsed.as_micros())
-        .unwrap_or(u64::MAX)
-        .saturating_mul(u64::from(rate_mb_s))
-        * 256
-        / 1_000_000
+    u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX).saturating_mul(u64::from(rate_mb_s)) * 256 / 1_000_000
 }
 
 fn incompressible(size_mb: u32) -> Result<Vec<u64>, LoadError> {
     let available_mb = available_mb();
     if u64::from(size_mb) + RESERVE_MB > available_mb {
-        return Err(LoadError::Memory {
-            wanted_mb: size_mb,
-            available_mb,
-        });
+        return Err(LoadError::Memory { wanted_mb: size_mb, available_mb });
     }
     if size_mb == 0 {
         return Err(LoadError::Zero);
@@ -134,19 +118,13 @@ fn incompressible(size_mb: u32) -> Result<Vec<u64>, LoadError> {
         state ^= state << 17;
         state
     };
-    Ok(std::iter::repeat_with(next)
-        .take(size_mb as usize * MB / 8)
-        .collect())
+    Ok(std::iter::repeat_with(next).take(size_mb as usize * MB / 8).collect())
 }
 
 fn available_mb() -> u64 {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
-        .unwrap_or(0)
-        / 1024
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
 #[cfg(test)]
@@ -156,13 +134,7 @@ mod tests {
     #[test]
     fn too_much_memory_is_refused() {
         let load = Load::default();
-        assert!(matches!(
-            load.fill(u32::MAX),
-            Err(LoadError::Memory {
-                wanted_mb: u32::MAX,
-                ..
-            })
-        ));
+        assert!(matches!(load.fill(u32::MAX), Err(LoadError::Memory { wanted_mb: u32::MAX, .. })));
         assert!(matches!(load.dirty(10, 0), Err(LoadError::Zero)));
         assert!(matches!(load.dirty(0, 1), Err(LoadError::Zero)));
         assert_eq!(load.dirty_mb_s(), 0);

@@ -29,36 +29,23 @@ const VIRTIO_BLOCK: &str = "0x0002";
 
 fn main() {
     if std::process::id() != 1 {
-        eprintln!(
-            "holdfast-guest is the init of a virtual machine: it does nothing unless it is process 1"
-        );
+        eprintln!("holdfast-guest is the init of a virtual machine: it does nothing unless it is process 1");
         std::process::exit(2);
     }
     let mut complaints = Vec::new();
     for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
-        note(
-            &mut complaints,
-            &format!("cannot mount {target}"),
-            sys::mount(kind, target),
-        );
+        note(&mut complaints, &format!("cannot mount {target}"), sys::mount(kind, target));
     }
     let options = Options::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
-    complaints.extend(
-        options
-            .rejected
-            .iter()
-            .map(|option| format!("cannot understand {option} on the command line")),
-    );
+    complaints.extend(options.rejected.iter().map(|option| format!("cannot understand {option} on the command line")));
 
     load_modules("net", &mut complaints);
     bring_up_network(&options, &mut complaints);
     let (power, powered) = sync_channel(1);
     let (guest, queue) = Guest::new(boot_id(), power);
-    let udp =
-        UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).and_then(|socket| guest.serve_udp(socket));
+    let udp = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).and_then(|socket| guest.serve_udp(socket));
     note(&mut complaints, "cannot serve UDP", udp);
-    let tcp = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))
-        .and_then(|listener| guest.serve_tcp(listener));
+    let tcp = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).and_then(|listener| guest.serve_tcp(listener));
     note(&mut complaints, "cannot serve TCP", tcp);
 
     open_disk(&guest, queue, &mut complaints);
@@ -89,19 +76,11 @@ fn note<T>(complaints: &mut Vec<String>, what: &str, result: io::Result<T>) {
 
 /// Loads the modules of a stage in the order of their file names, which the packer has put them in.
 fn load_modules(stage: &str, complaints: &mut Vec<String>) {
-    let mut modules: Vec<PathBuf> = fs::read_dir(format!("/modules/{stage}"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
+    let mut modules: Vec<PathBuf> =
+        fs::read_dir(format!("/modules/{stage}")).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     modules.sort();
     for module in modules {
-        note(
-            complaints,
-            &format!("cannot load {}", module.display()),
-            sys::load_module(&module),
-        );
+        note(complaints, &format!("cannot load {}", module.display()), sys::load_module(&module));
     }
 }
 
@@ -111,31 +90,18 @@ fn bring_up_network(options: &Options, complaints: &mut Vec<String>) {
     let _ = fs::write("/proc/sys/net/ipv4/conf/all/arp_notify", "1");
     note(complaints, "cannot bring up lo", sys::bring_up("lo", None));
     if options.address.is_none() {
-        complaints
-            .push("no address: give hf.ip=ADDRESS/PREFIX on the kernel command line".to_owned());
+        complaints.push("no address: give hf.ip=ADDRESS/PREFIX on the kernel command line".to_owned());
         return;
     }
-    note(
-        complaints,
-        "cannot bring up eth0",
-        sys::bring_up(INTERFACE, options.address),
-    );
+    note(complaints, "cannot bring up eth0", sys::bring_up(INTERFACE, options.address));
     if let Some(gateway) = options.gateway {
-        note(
-            complaints,
-            "cannot add the default route",
-            sys::add_default_route(gateway),
-        );
+        note(complaints, "cannot add the default route", sys::add_default_route(gateway));
     }
 }
 
 fn boot_id() -> u64 {
     let uuid = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digits: String = uuid
-        .chars()
-        .filter(char::is_ascii_hexdigit)
-        .take(16)
-        .collect();
+    let digits: String = uuid.chars().filter(char::is_ascii_hexdigit).take(16).collect();
     u64::from_str_radix(&digits, 16).unwrap_or(0)
 }
 
@@ -160,10 +126,7 @@ fn bus_has(device_type: &str) -> bool {
         .into_iter()
         .flatten()
         .flatten()
-        .any(|device| {
-            fs::read_to_string(device.path().join("device"))
-                .is_ok_and(|text| text.trim() == device_type)
-        })
+        .any(|device| fs::read_to_string(device.path().join("device")).is_ok_and(|text| text.trim() == device_type))
 }
 
 /// Turns the ACPI power button, QEMU's `system_powerdown`, into an orderly power-off.
@@ -172,15 +135,9 @@ fn watch_power_buttons(guest: &Arc<Guest>, complaints: &mut Vec<String>) {
     const EV_KEY: u16 = 1;
     const KEY_POWER: u16 = 116;
     let mut buttons = 0;
-    for input in fs::read_dir("/sys/class/input")
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
+    for input in fs::read_dir("/sys/class/input").into_iter().flatten().flatten() {
         let name = fs::read_to_string(input.path().join("device/name")).unwrap_or_default();
-        if !input.file_name().to_string_lossy().starts_with("event")
-            || name.trim() != "Power Button"
-        {
+        if !input.file_name().to_string_lossy().starts_with("event") || name.trim() != "Power Button" {
             continue;
         }
         let Ok(mut events) = fs::File::open(Path::new("/dev/input").join(input.file_name())) else {
@@ -217,15 +174,8 @@ fn apply(options: &Options, guest: &Arc<Guest>, complaints: &mut Vec<String>) {
 }
 
 fn banner(options: &Options, guest: &Guest) -> String {
-    let ip = options
-        .address
-        .map_or("none".to_owned(), |(address, prefix)| {
-            format!("{address}/{prefix}")
-        });
-    format!(
-        "holdfast-guest ready ip={ip} boot_id={:016x}",
-        guest.boot_id()
-    )
+    let ip = options.address.map_or("none".to_owned(), |(address, prefix)| format!("{address}/{prefix}"));
+    format!("holdfast-guest ready ip={ip} boot_id={:016x}", guest.boot_id())
 }
 
 /// A very small shell on the serial console.

@@ -59,18 +59,11 @@ impl Record {
     pub fn encode(&self) -> [u8; SECTOR_BYTES] {
         let mut bytes = [0; SECTOR_BYTES];
         bytes[..8].copy_from_slice(&RECORD_MAGIC);
-        for (at, value) in [
-            (8, self.sequence),
-            (16, self.epoch),
-            (24, self.boot_id),
-            (32, self.uptime_ns),
-        ] {
+        for (at, value) in [(8, self.sequence), (16, self.epoch), (24, self.boot_id), (32, self.uptime_ns)] {
             bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
         for (index, byte) in bytes[40..CRC_AT].iter_mut().enumerate() {
-            *byte = (self.sequence as u8)
-                .wrapping_mul(31)
-                .wrapping_add(index as u8);
+            *byte = (self.sequence as u8).wrapping_mul(31).wrapping_add(index as u8);
         }
         seal(&mut bytes);
         bytes
@@ -191,12 +184,7 @@ fn read_slots(disk: &File, at: u64, slots: u64) -> io::Result<Vec<Slot>> {
     let mut buffer = Aligned([0; PROBE_BYTES]);
     let bytes = &mut buffer.0[..count * SECTOR_BYTES];
     disk.read_exact_at(bytes, (1 + at) * SECTOR_BYTES as u64)?;
-    Ok(bytes
-        .as_chunks::<SECTOR_BYTES>()
-        .0
-        .iter()
-        .map(Slot::decode)
-        .collect())
+    Ok(bytes.as_chunks::<SECTOR_BYTES>().0.iter().map(Slot::decode).collect())
 }
 
 trait MaxBySequence {
@@ -232,12 +220,7 @@ mod tests {
     use super::*;
 
     fn record(sequence: u64) -> Record {
-        Record {
-            sequence,
-            epoch: 3,
-            boot_id: 7,
-            uptime_ns: 11,
-        }
+        Record { sequence, epoch: 3, boot_id: 7, uptime_ns: 11 }
     }
 
     /// A ring of `slots` slots that holds the records 1..=last as a guest would have left them.
@@ -245,15 +228,13 @@ mod tests {
         let disk = tempfile::tempfile().unwrap();
         disk.set_len((1 + slots) * SECTOR_BYTES as u64).unwrap();
         for sequence in 1..=last {
-            disk.write_all_at(&record(sequence).encode(), offset(sequence, slots))
-                .unwrap();
+            disk.write_all_at(&record(sequence).encode(), offset(sequence, slots)).unwrap();
         }
         disk
     }
 
     fn damage(disk: &File, sequence: u64, slots: u64) {
-        disk.write_all_at(b"torn", offset(sequence, slots) + 100)
-            .unwrap();
+        disk.write_all_at(b"torn", offset(sequence, slots) + 100).unwrap();
     }
 
     #[test]
@@ -264,11 +245,7 @@ mod tests {
         for at in 0..SECTOR_BYTES {
             let mut bytes = record(42).encode();
             bytes[at] ^= 0x40;
-            assert_eq!(
-                Slot::decode(&bytes),
-                Slot::Corrupt,
-                "byte {at} changed unseen"
-            );
+            assert_eq!(Slot::decode(&bytes), Slot::Corrupt, "byte {at} changed unseen");
         }
     }
 
@@ -277,11 +254,7 @@ mod tests {
         for slots in [1, 2, 7, 8, 9, 33] {
             for last in 0..=3 * slots + 1 {
                 let found = highest(&ring(slots, last), slots).unwrap();
-                assert_eq!(
-                    found.map_or(0, |record| record.sequence),
-                    last,
-                    "{slots} slots"
-                );
+                assert_eq!(found.map_or(0, |record| record.sequence), last, "{slots} slots");
             }
         }
     }

@@ -39,11 +39,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(60);
 /// Who hears how a write ended.
 #[derive(Debug)]
 enum Waiter {
-    Datagram {
-        socket: Arc<UdpSocket>,
-        client: SocketAddr,
-        sequence: u64,
-    },
+    Datagram { socket: Arc<UdpSocket>, client: SocketAddr, sequence: u64 },
     Thread(SyncSender<Result<u64, Outcome>>),
 }
 
@@ -157,26 +153,17 @@ impl Guest {
         };
         let text = match command {
             Command::Ping(n) => {
-                format!(
-                    "pong {n} uptime_ms={} boot_id={:016x}",
-                    sys::uptime().as_millis(),
-                    self.boot_id
-                )
+                format!("pong {n} uptime_ms={} boot_id={:016x}", sys::uptime().as_millis(), self.boot_id)
             }
             Command::Write => match self.write_and_wait() {
                 Ok(sequence) => format!("written {sequence} durable boot_id={:016x}", self.boot_id),
                 Err(Outcome::NoDisk) => format!("error no record disk: {}", self.disk_state()),
                 Err(Outcome::Busy) => "error too many writes wait: try again".to_owned(),
-                Err(_) => "error the disk failed or gave no answer: the record may be there or not"
-                    .to_owned(),
+                Err(_) => "error the disk failed or gave no answer: the record may be there or not".to_owned(),
             },
             Command::Status => self.status(),
             Command::Echo(text) => text.clone(),
-            Command::Dirty(rate, size) => done(
-                self.load
-                    .dirty(*rate, *size)
-                    .map_err(|error| error.to_string()),
-            ),
+            Command::Dirty(rate, size) => done(self.load.dirty(*rate, *size).map_err(|error| error.to_string())),
             Command::StopDirty => {
                 self.load.stop_dirty();
                 done(Ok(()))
@@ -212,8 +199,7 @@ impl Guest {
             }
             thread::sleep(Duration::from_millis(5));
         }
-        closed.recv_timeout(until.saturating_duration_since(Instant::now()))
-            != Err(RecvTimeoutError::Timeout)
+        closed.recv_timeout(until.saturating_duration_since(Instant::now())) != Err(RecvTimeoutError::Timeout)
     }
 
     /// Random, new at every boot.
@@ -223,12 +209,7 @@ impl Guest {
 
     /// The line that `status` answers with.
     pub fn status(&self) -> String {
-        let writer = self
-            .writer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_ref()
-            .map_or(0, |(rate, _)| *rate);
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |(rate, _)| *rate);
         format!(
             "status last={} epoch={} boot_id={:016x} uptime_ms={} dirty_mb_s={} writer_per_s={writer} disk_errors={} disk={}",
             self.last.load(Ordering::Relaxed),
@@ -241,24 +222,11 @@ impl Guest {
         )
     }
 
-    fn answer(
-        &self,
-        request: Request,
-        socket: &Arc<UdpSocket>,
-        client: SocketAddr,
-    ) -> Option<Reply> {
+    fn answer(&self, request: Request, socket: &Arc<UdpSocket>, client: SocketAddr) -> Option<Reply> {
         if request.kind != Kind::Write {
-            return Some(self.reply(
-                request.kind,
-                request.sequence,
-                Ok(self.last.load(Ordering::Relaxed)),
-            ));
+            return Some(self.reply(request.kind, request.sequence, Ok(self.last.load(Ordering::Relaxed))));
         }
-        let waiter = Waiter::Datagram {
-            socket: Arc::clone(socket),
-            client,
-            sequence: request.sequence,
-        };
+        let waiter = Waiter::Datagram { socket: Arc::clone(socket), client, sequence: request.sequence };
         let refused = self.enqueue(waiter).err()?;
         Some(self.reply(Kind::Write, request.sequence, Err(refused)))
     }
@@ -279,34 +247,24 @@ impl Guest {
     }
 
     fn enqueue(&self, waiter: Waiter) -> Result<(), Outcome> {
-        self.disk
-            .try_send(DiskRequest::Append(waiter))
-            .map_err(|error| match error {
-                TrySendError::Full(_) => Outcome::Busy,
-                TrySendError::Disconnected(_) => Outcome::NoDisk,
-            })
+        self.disk.try_send(DiskRequest::Append(waiter)).map_err(|error| match error {
+            TrySendError::Full(_) => Outcome::Busy,
+            TrySendError::Disconnected(_) => Outcome::NoDisk,
+        })
     }
 
     fn write_and_wait(&self) -> Result<u64, Outcome> {
         let (done, ended) = sync_channel(1);
         self.enqueue(Waiter::Thread(done))?;
-        ended
-            .recv_timeout(WRITE_DEADLINE)
-            .unwrap_or(Err(Outcome::DiskError))
+        ended.recv_timeout(WRITE_DEADLINE).unwrap_or(Err(Outcome::DiskError))
     }
 
     fn disk_state(&self) -> String {
-        self.disk_state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.disk_state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn set_disk_state(&self, state: String) {
-        *self
-            .disk_state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = state;
+        *self.disk_state.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
     fn set_writer(self: &Arc<Self>, rate: Option<u32>) -> Result<(), String> {
@@ -316,9 +274,7 @@ impl Guest {
         }
         let Some(rate) = rate else { return Ok(()) };
         if !(1..=MAX_WRITER_PER_S).contains(&rate) {
-            return Err(format!(
-                "the rate must be 1 to {MAX_WRITER_PER_S} records per second"
-            ));
+            return Err(format!("the rate must be 1 to {MAX_WRITER_PER_S} records per second"));
         }
         let stop = Arc::new(AtomicBool::new(false));
         let (guest, stopped) = (Arc::clone(self), Arc::clone(&stop));
@@ -416,9 +372,7 @@ fn append(guest: &Guest, disk: Option<&mut RecordDisk>, waiters: Vec<Waiter>) {
         }),
     };
     if let Ok(first) = first {
-        guest
-            .last
-            .store(first + waiters.len() as u64 - 1, Ordering::Relaxed);
+        guest.last.store(first + waiters.len() as u64 - 1, Ordering::Relaxed);
     }
     for (index, waiter) in (0..).zip(waiters) {
         let result = first.map(|first| first + index);
@@ -427,24 +381,15 @@ fn append(guest: &Guest, disk: Option<&mut RecordDisk>, waiters: Vec<Waiter>) {
             Waiter::Thread(waiting) => {
                 let _ = waiting.try_send(result);
             }
-            Waiter::Datagram {
-                socket,
-                client,
-                sequence,
-            } => {
-                let _ =
-                    socket.send_to(&guest.reply(Kind::Write, sequence, result).encode(), client);
+            Waiter::Datagram { socket, client, sequence } => {
+                let _ = socket.send_to(&guest.reply(Kind::Write, sequence, result).encode(), client);
             }
         }
     }
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(STACK_BYTES)
-        .spawn(run)
-        .map(drop)
+    thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(run).map(drop)
 }
 
 #[cfg(test)]
@@ -470,18 +415,11 @@ mod tests {
         guest.serve_udp(socket).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         guest.serve_tcp(listener).unwrap();
         let served = Arc::clone(&guest);
         thread::spawn(move || queue.run(&served, disk));
-        Served {
-            guest,
-            udp,
-            tcp: BufReader::new(stream),
-            power: powered,
-        }
+        Served { guest, udp, tcp: BufReader::new(stream), power: powered }
     }
 
     impl Served {
@@ -511,31 +449,14 @@ mod tests {
         let image = image();
         let mut served = serve(RecordDisk::open(image.path(), 0xabc, false));
         let reply = served.ask(Kind::Write, 77);
-        assert_eq!(
-            (reply.sequence, reply.outcome, reply.durable, reply.record),
-            (77, Outcome::Done, true, 1)
-        );
-        assert_eq!(
-            served.say("write"),
-            "written 2 durable boot_id=0000000000000abc"
-        );
+        assert_eq!((reply.sequence, reply.outcome, reply.durable, reply.record), (77, Outcome::Done, true, 1));
+        assert_eq!(served.say("write"), "written 2 durable boot_id=0000000000000abc");
         assert_eq!(served.ask(Kind::Write, 78).record, 3);
         let reply = served.ask(Kind::Status, 79);
-        assert_eq!(
-            (reply.record, reply.boot_id, reply.epoch, reply.durable),
-            (3, 0xabc, 1, false)
-        );
+        assert_eq!((reply.record, reply.boot_id, reply.epoch, reply.durable), (3, 0xabc, 1, false));
         assert!(served.say("ping 5").starts_with("pong 5 uptime_ms="));
-        assert!(
-            served
-                .say("status")
-                .starts_with("status last=3 epoch=1 boot_id=0000000000000abc ")
-        );
-        assert!(
-            served
-                .say("nonsense")
-                .starts_with("error cannot understand \"nonsense\"")
-        );
+        assert!(served.say("status").starts_with("status last=3 epoch=1 boot_id=0000000000000abc "));
+        assert!(served.say("nonsense").starts_with("error cannot understand \"nonsense\""));
         let report = crate::verify::RecordsReport::read(image.path()).unwrap();
         assert_eq!((report.highest, report.present), (3, 3));
     }
@@ -545,21 +466,14 @@ mod tests {
         let mut served = serve(RecordDisk::open("/nonexistent/disk".as_ref(), 1, false));
         assert_eq!(served.ask(Kind::Write, 1).outcome, Outcome::NoDisk);
         assert_eq!(served.ask(Kind::Ping, 2).outcome, Outcome::Done);
-        assert!(
-            served
-                .say("write")
-                .starts_with("error no record disk: cannot use the record disk /nonexistent")
-        );
+        assert!(served.say("write").starts_with("error no record disk: cannot use the record disk /nonexistent"));
     }
 
     #[test]
     fn writer_writes_by_itself_until_told_to_stop() {
         let image = image();
         let mut served = serve(RecordDisk::open(image.path(), 1, false));
-        assert_eq!(
-            served.say("writer on 0"),
-            "error the rate must be 1 to 100000 records per second"
-        );
+        assert_eq!(served.say("writer on 0"), "error the rate must be 1 to 100000 records per second");
         assert_eq!(served.say("writer on 1000"), "ok");
         let until = Instant::now() + Duration::from_secs(10);
         while served.ask(Kind::Status, 0).record < 20 {
@@ -575,28 +489,15 @@ mod tests {
         let mut served = serve(RecordDisk::open(image.path(), 1, false));
         assert_eq!(served.ask(Kind::Write, 1).record, 1);
         assert!(served.guest.close_disk(Duration::from_secs(10)));
-        assert_eq!(
-            served.say("write"),
-            "error no record disk: closed for shutdown"
-        );
+        assert_eq!(served.say("write"), "error no record disk: closed for shutdown");
         assert_eq!(served.say("poweroff"), "ok");
-        assert_eq!(
-            served.power.recv_timeout(Duration::from_secs(10)),
-            Ok(Power::Off)
-        );
+        assert_eq!(served.power.recv_timeout(Duration::from_secs(10)), Ok(Power::Off));
     }
 
     #[test]
     fn overlong_line_ends_only_its_own_connection() {
-        let mut served = serve(Err(DiskError::TooSmall {
-            path: "x".into(),
-            bytes: 0,
-        }));
-        assert!(
-            served
-                .say(&"x".repeat(300))
-                .starts_with("error the line is longer")
-        );
+        let mut served = serve(Err(DiskError::TooSmall { path: "x".into(), bytes: 0 }));
+        assert!(served.say(&"x".repeat(300)).starts_with("error the line is longer"));
         assert_eq!(served.ask(Kind::Ping, 3).sequence, 3);
     }
 }

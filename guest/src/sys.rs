@@ -25,16 +25,10 @@ pub enum Power {
 
 /// Time since the kernel started, suspension included.
 pub fn uptime() -> Duration {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is a valid timespec that the call only writes. It cannot fail for this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
-    Duration::new(
-        now.tv_sec.unsigned_abs(),
-        u32::try_from(now.tv_nsec).unwrap_or(0),
-    )
+    Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
 }
 
 /// Mounts a pseudo file system.
@@ -44,15 +38,7 @@ pub fn uptime() -> Duration {
 pub fn mount(kind: &str, target: &str) -> io::Result<()> {
     let (kind, target) = (CString::new(kind)?, CString::new(target)?);
     // SAFETY: both strings are NUL-terminated and live through the call; no data is passed.
-    check(unsafe {
-        libc::mount(
-            kind.as_ptr(),
-            target.as_ptr(),
-            kind.as_ptr(),
-            0,
-            std::ptr::null(),
-        )
-    })
+    check(unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) })
 }
 
 /// Loads a kernel module from an uncompressed file. One that is loaded already is no error.
@@ -62,8 +48,7 @@ pub fn mount(kind: &str, target: &str) -> io::Result<()> {
 pub fn load_module(path: &Path) -> io::Result<()> {
     let module = File::open(path)?;
     // SAFETY: the descriptor is open and the parameter string is an empty, NUL-terminated one.
-    let result =
-        unsafe { libc::syscall(libc::SYS_finit_module, module.as_raw_fd(), c"".as_ptr(), 0) };
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, module.as_raw_fd(), c"".as_ptr(), 0) };
     match check(result as c_int) {
         Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
         result => result,
@@ -119,15 +104,7 @@ pub fn keep_alive(socket: BorrowedFd<'_>, idle: Duration) -> io::Result<()> {
         let size = mem::size_of::<c_int>() as libc::socklen_t;
         let value: *const c_int = &raw const value;
         // SAFETY: the descriptor is open, and the option's value is an int that lives through the call.
-        check(unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                level,
-                option,
-                value.cast::<c_void>(),
-                size,
-            )
-        })?;
+        check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value.cast::<c_void>(), size) })?;
     }
     Ok(())
 }
@@ -153,11 +130,7 @@ pub fn end(power: Power) -> io::Result<()> {
 }
 
 fn check(result: c_int) -> io::Result<()> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn interface_request(name: &str) -> io::Result<libc::ifreq> {
@@ -165,10 +138,7 @@ fn interface_request(name: &str) -> io::Result<libc::ifreq> {
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
     let bytes = std::ffi::OsStr::new(name).as_bytes();
     if bytes.len() >= request.ifr_name.len() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("{name} is too long for an interface"),
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is too long for an interface")));
     }
     for (target, byte) in request.ifr_name.iter_mut().zip(bytes) {
         *target = *byte as libc::c_char;
@@ -176,11 +146,7 @@ fn interface_request(name: &str) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-fn interface_ioctl(
-    socket: &UdpSocket,
-    what: libc::c_ulong,
-    request: &mut libc::ifreq,
-) -> io::Result<()> {
+fn interface_ioctl(socket: &UdpSocket, what: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
     // SAFETY: the descriptor is open, and these calls read one ifreq, which lives through the call.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), what as _, request as *mut libc::ifreq) })
 }

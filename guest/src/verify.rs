@@ -21,9 +21,7 @@ pub enum VerifyError {
         source: io::Error,
     },
     /// No header: no guest has used this image as its record disk, or it is not raw.
-    #[error(
-        "{path} does not start with a record disk's header: is it a raw image that a guest has used?"
-    )]
+    #[error("{path} does not start with a record disk's header: is it a raw image that a guest has used?")]
     NoHeader {
         /// The image.
         path: PathBuf,
@@ -66,16 +64,11 @@ impl RecordsReport {
     /// # Errors
     /// [`VerifyError`] when it cannot be read or has no header.
     pub fn read(path: &Path) -> Result<Self, VerifyError> {
-        let failed = |source| VerifyError::Read {
-            path: path.to_owned(),
-            source,
-        };
+        let failed = |source| VerifyError::Read { path: path.to_owned(), source };
         let disk = File::open(path).map_err(failed)?;
         let mut header = [0; SECTOR_BYTES];
         disk.read_exact_at(&mut header, 0).map_err(failed)?;
-        let slots = records::decode_header(&header).ok_or_else(|| VerifyError::NoHeader {
-            path: path.to_owned(),
-        })?;
+        let slots = records::decode_header(&header).ok_or_else(|| VerifyError::NoHeader { path: path.to_owned() })?;
         let mut by_slot = Vec::new();
         let mut corrupt_sectors = Vec::new();
         let mut boots = BTreeMap::new();
@@ -92,36 +85,19 @@ impl RecordsReport {
             by_slot.push(here);
         })
         .map_err(failed)?;
-        let highest = by_slot
-            .iter()
-            .flatten()
-            .map(|record| record.sequence)
-            .max()
-            .unwrap_or(0);
-        let mut report = RecordsReport {
-            slots,
-            highest,
-            present: 0,
-            missing: Vec::new(),
-            corrupt_sectors,
-            boots,
-            by_slot,
-        };
+        let highest = by_slot.iter().flatten().map(|record| record.sequence).max().unwrap_or(0);
+        let mut report =
+            RecordsReport { slots, highest, present: 0, missing: Vec::new(), corrupt_sectors, boots, by_slot };
         report.present = report.by_slot.iter().flatten().count() as u64;
-        report.missing = (report.oldest_expected()..=highest)
-            .filter(|sequence| report.record(*sequence).is_none())
-            .collect();
+        report.missing =
+            (report.oldest_expected()..=highest).filter(|sequence| report.record(*sequence).is_none()).collect();
         Ok(report)
     }
 
     /// The record with this sequence, if the ring holds it.
     pub fn record(&self, sequence: u64) -> Option<Record> {
         let slot = usize::try_from(sequence.checked_sub(1)? % self.slots).ok()?;
-        self.by_slot
-            .get(slot)
-            .copied()
-            .flatten()
-            .filter(|record| record.sequence == sequence)
+        self.by_slot.get(slot).copied().flatten().filter(|record| record.sequence == sequence)
     }
 
     /// The acknowledged writes that are not there, or were overwritten by another boot under the
@@ -130,10 +106,7 @@ impl RecordsReport {
         acknowledged
             .iter()
             .filter(|write| write.sequence >= self.oldest_expected())
-            .filter(|write| {
-                self.record(write.sequence)
-                    .is_none_or(|record| record.boot_id != write.boot_id)
-            })
+            .filter(|write| self.record(write.sequence).is_none_or(|record| record.boot_id != write.boot_id))
             .copied()
             .collect()
     }
@@ -149,47 +122,24 @@ mod tests {
 
     fn image(slots: u64, present: &[u64]) -> tempfile::NamedTempFile {
         let image = tempfile::NamedTempFile::new().unwrap();
-        image
-            .as_file()
-            .set_len((1 + slots) * SECTOR_BYTES as u64)
-            .unwrap();
-        image
-            .as_file()
-            .write_all_at(&records::encode_header(slots), 0)
-            .unwrap();
+        image.as_file().set_len((1 + slots) * SECTOR_BYTES as u64).unwrap();
+        image.as_file().write_all_at(&records::encode_header(slots), 0).unwrap();
         for sequence in present {
-            let record = Record {
-                sequence: *sequence,
-                epoch: 1,
-                boot_id: 7,
-                uptime_ns: 0,
-            };
-            image
-                .as_file()
-                .write_all_at(&record.encode(), records::offset(*sequence, slots))
-                .unwrap();
+            let record = Record { sequence: *sequence, epoch: 1, boot_id: 7, uptime_ns: 0 };
+            image.as_file().write_all_at(&record.encode(), records::offset(*sequence, slots)).unwrap();
         }
         image
     }
 
     fn acknowledged(sequences: &[u64]) -> Vec<Acknowledged> {
-        sequences
-            .iter()
-            .map(|sequence| Acknowledged {
-                sequence: *sequence,
-                boot_id: 7,
-            })
-            .collect()
+        sequences.iter().map(|sequence| Acknowledged { sequence: *sequence, boot_id: 7 }).collect()
     }
 
     #[test]
     fn whole_disk_has_nothing_lost() {
         let image = image(10, &[1, 2, 3]);
         let report = RecordsReport::read(image.path()).unwrap();
-        assert_eq!(
-            (report.highest, report.present, report.missing.len()),
-            (3, 3, 0)
-        );
+        assert_eq!((report.highest, report.present, report.missing.len()), (3, 3, 0));
         assert_eq!(report.lost(&acknowledged(&[1, 2, 3])), []);
         assert_eq!(report.boots, BTreeMap::from([(1, 7)]));
     }
@@ -197,27 +147,18 @@ mod tests {
     #[test]
     fn holes_tears_and_tails_are_reported() {
         let image = image(10, &[1, 2, 4, 5]);
-        image
-            .as_file()
-            .write_all_at(b"torn", records::offset(2, 10) + 50)
-            .unwrap();
+        image.as_file().write_all_at(b"torn", records::offset(2, 10) + 50).unwrap();
         let report = RecordsReport::read(image.path()).unwrap();
         assert_eq!(report.missing, [2, 3]);
         assert_eq!(report.corrupt_sectors, [2]);
-        assert_eq!(
-            report.lost(&acknowledged(&[1, 2, 4, 6])),
-            acknowledged(&[2, 6])
-        );
+        assert_eq!(report.lost(&acknowledged(&[1, 2, 4, 6])), acknowledged(&[2, 6]));
     }
 
     #[test]
     fn another_boots_record_under_the_same_number_is_a_loss() {
         let image = image(10, &[1, 2]);
         let report = RecordsReport::read(image.path()).unwrap();
-        let foreign = Acknowledged {
-            sequence: 2,
-            boot_id: 8,
-        };
+        let foreign = Acknowledged { sequence: 2, boot_id: 8 };
         assert_eq!(report.lost(&[foreign]), [foreign]);
     }
 
@@ -233,14 +174,8 @@ mod tests {
     #[test]
     fn foreign_or_short_images_are_refused() {
         let image = tempfile::NamedTempFile::new().unwrap();
-        assert!(matches!(
-            RecordsReport::read(image.path()),
-            Err(VerifyError::Read { .. })
-        ));
+        assert!(matches!(RecordsReport::read(image.path()), Err(VerifyError::Read { .. })));
         image.as_file().set_len(4096).unwrap();
-        assert!(matches!(
-            RecordsReport::read(image.path()),
-            Err(VerifyError::NoHeader { .. })
-        ));
+        assert!(matches!(RecordsReport::read(image.path()), Err(VerifyError::NoHeader { .. })));
     }
 }

@@ -32,9 +32,7 @@ pub enum WireError {
         actual: usize,
     },
     /// The datagram does not start with the magic number.
-    #[error(
-        "the datagram does not carry the guest's magic number: is something else on this port?"
-    )]
+    #[error("the datagram does not carry the guest's magic number: is something else on this port?")]
     Magic,
     /// The kind or the outcome is not known.
     #[error("the datagram's {field} has the unknown value {value}: is the peer another version?")]
@@ -63,10 +61,7 @@ impl Kind {
             1 => Ok(Kind::Ping),
             2 => Ok(Kind::Write),
             3 => Ok(Kind::Status),
-            value => Err(WireError::Unknown {
-                field: "kind",
-                value,
-            }),
+            value => Err(WireError::Unknown { field: "kind", value }),
         }
     }
 }
@@ -91,10 +86,7 @@ impl Outcome {
             1 => Ok(Outcome::NoDisk),
             2 => Ok(Outcome::DiskError),
             3 => Ok(Outcome::Busy),
-            value => Err(WireError::Unknown {
-                field: "outcome",
-                value,
-            }),
+            value => Err(WireError::Unknown { field: "outcome", value }),
         }
     }
 }
@@ -152,10 +144,7 @@ impl Request {
         if bytes[..4] != REQUEST_MAGIC {
             return Err(WireError::Magic);
         }
-        Ok(Request {
-            kind: Kind::decode(bytes[4])?,
-            sequence: u64_at(bytes, 8),
-        })
+        Ok(Request { kind: Kind::decode(bytes[4])?, sequence: u64_at(bytes, 8) })
     }
 }
 
@@ -167,13 +156,9 @@ impl Reply {
         bytes[4] = self.kind as u8;
         bytes[5] = self.outcome as u8;
         bytes[6] = u8::from(self.durable);
-        for (at, value) in [
-            (8, self.sequence),
-            (16, self.uptime_ms),
-            (24, self.boot_id),
-            (32, self.record),
-            (40, self.epoch),
-        ] {
+        for (at, value) in
+            [(8, self.sequence), (16, self.uptime_ms), (24, self.boot_id), (32, self.record), (40, self.epoch)]
+        {
             bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
         }
         bytes[48..52].copy_from_slice(&self.dirty_mb_s.to_le_bytes());
@@ -206,10 +191,7 @@ impl Reply {
 }
 
 fn sized<const N: usize>(bytes: &[u8]) -> Result<&[u8; N], WireError> {
-    bytes.try_into().map_err(|_| WireError::Length {
-        expected: N,
-        actual: bytes.len(),
-    })
+    bytes.try_into().map_err(|_| WireError::Length { expected: N, actual: bytes.len() })
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -230,14 +212,8 @@ mod tests {
 
     #[test]
     fn request_has_the_documented_bytes() {
-        let request = Request {
-            kind: Kind::Write,
-            sequence: 0x0102_0304_0506_0708,
-        };
-        assert_eq!(
-            request.encode(),
-            *b"HFGQ\x02\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01"
-        );
+        let request = Request { kind: Kind::Write, sequence: 0x0102_0304_0506_0708 };
+        assert_eq!(request.encode(), *b"HFGQ\x02\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01");
         assert_eq!(Request::decode(&request.encode()), Ok(request));
     }
 
@@ -263,34 +239,12 @@ mod tests {
 
     #[test]
     fn foreign_datagrams_are_refused() {
-        let good = Request {
-            kind: Kind::Ping,
-            sequence: 1,
-        }
-        .encode();
-        assert_eq!(
-            Request::decode(&good[..15]),
-            Err(WireError::Length {
-                expected: 16,
-                actual: 15
-            })
-        );
+        let good = Request { kind: Kind::Ping, sequence: 1 }.encode();
+        assert_eq!(Request::decode(&good[..15]), Err(WireError::Length { expected: 16, actual: 15 }));
         assert_eq!(Request::decode(&[0; 16]), Err(WireError::Magic));
         let mut unknown = good;
         unknown[4] = 9;
-        assert_eq!(
-            Request::decode(&unknown),
-            Err(WireError::Unknown {
-                field: "kind",
-                value: 9
-            })
-        );
-        assert_eq!(
-            Reply::decode(&good),
-            Err(WireError::Length {
-                expected: 56,
-                actual: 16
-            })
-        );
+        assert_eq!(Request::decode(&unknown), Err(WireError::Unknown { field: "kind", value: 9 }));
+        assert_eq!(Reply::decode(&good), Err(WireError::Length { expected: 56, actual: 16 }));
     }
 }

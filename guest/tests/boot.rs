@@ -12,9 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use holdfast_lab::guest::{
-    GuestClient, ImageFormat, PORT, Prober, TcpSession, Writer, verify_records,
-};
+use holdfast_lab::guest::{GuestClient, ImageFormat, PORT, Prober, TcpSession, Writer, verify_records};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
@@ -36,20 +34,13 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let netns = format!(
-            "hfgb{}-{}",
-            std::process::id(),
-            COUNTER.fetch_add(1, Ordering::Relaxed)
-        );
+        let netns = format!("hfgb{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         run(&format!(
             "ip netns add {netns} && ip -n {netns} link set lo up && \
              ip -n {netns} tuntap add tap0 mode tap && ip -n {netns} addr add 10.0.0.1/24 dev tap0 && \
              ip -n {netns} link set tap0 up"
         ));
-        Self {
-            netns,
-            directory: tempfile::tempdir().unwrap(),
-        }
+        Self { netns, directory: tempfile::tempdir().unwrap() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -59,10 +50,7 @@ impl Bench {
     /// A disk of 64 MiB.
     fn disk(&self) -> PathBuf {
         let disk = self.path("disk.raw");
-        std::fs::File::create(&disk)
-            .unwrap()
-            .set_len(64 << 20)
-            .unwrap();
+        std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
         disk
     }
 
@@ -73,46 +61,20 @@ impl Bench {
         let _ = std::fs::remove_file(&qmp);
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.netns, "qemu-system-x86_64"]);
-        command.args([
-            "-accel",
-            "tcg,thread=multi",
-            "-M",
-            "pc",
-            "-cpu",
-            "max,la57=off",
-            "-m",
-            "128",
-        ]);
+        command.args(["-accel", "tcg,thread=multi", "-M", "pc", "-cpu", "max,la57=off", "-m", "128"]);
         command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
-        command.args([
-            "-serial",
-            &format!("file:{}", self.path("console").display()),
-        ]);
-        command.args([
-            "-qmp",
-            &format!("unix:{},server=on,wait=off", qmp.display()),
-        ]);
-        command
-            .arg("-kernel")
-            .arg(out.join(kernel))
-            .arg("-initrd")
-            .arg(out.join("initrd.cpio"));
+        command.args(["-serial", &format!("file:{}", self.path("console").display())]);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);
+        command.arg("-kernel").arg(out.join(kernel)).arg("-initrd").arg(out.join("initrd.cpio"));
         command.args(["-append", &format!("{APPEND} {append}")]);
         command.args(["-netdev", "tap,id=n,ifname=tap0,script=no,downscript=no"]);
         command.args(["-device", "virtio-net-pci,netdev=n,romfile="]);
         if let Some(disk) = disk {
-            command.args([
-                "-drive",
-                &format!("file={},format=raw,if=none,id=d,cache=none", disk.display()),
-            ]);
+            command.args(["-drive", &format!("file={},format=raw,if=none,id=d,cache=none", disk.display())]);
             command.args(["-device", "virtio-blk-pci,drive=d"]);
         }
         let child = command.stdin(Stdio::null()).spawn().unwrap();
-        Qemu {
-            child,
-            qmp,
-            console: self.path("console"),
-        }
+        Qemu { child, qmp, console: self.path("console") }
     }
 
     fn client(&self) -> GuestClient {
@@ -122,9 +84,7 @@ impl Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["netns", "del", &self.netns])
-            .status();
+        let _ = Command::new("ip").args(["netns", "del", &self.netns]).status();
     }
 }
 
@@ -147,19 +107,14 @@ impl Qemu {
         qmp.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut lines = BufReader::new(qmp.try_clone().unwrap()).lines();
         assert!(lines.next().unwrap().unwrap().contains("QMP"));
-        qmp.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"system_powerdown\"}")
-            .unwrap();
+        qmp.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"system_powerdown\"}").unwrap();
         self.wait_for_end();
     }
 
     fn wait_for_end(&mut self) {
         let until = Instant::now() + DEADLINE;
         while self.child.try_wait().unwrap().is_none() {
-            assert!(
-                Instant::now() < until,
-                "QEMU does not end; console: {}",
-                self.said()
-            );
+            assert!(Instant::now() < until, "QEMU does not end; console: {}", self.said());
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -171,11 +126,7 @@ impl Qemu {
     fn wait_for_console(&self, text: &str) {
         let until = Instant::now() + DEADLINE;
         while !self.said().contains(text) {
-            assert!(
-                Instant::now() < until,
-                "no {text:?} on the console: {}",
-                self.said()
-            );
+            assert!(Instant::now() < until, "no {text:?} on the console: {}", self.said());
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -232,20 +183,10 @@ fn power_button_ends_the_guest_in_order() {
     qemu.wait_for_console("holdfast-guest ready ip=10.0.0.5/24 boot_id=");
     let write = bench.client().write(DEADLINE).unwrap();
     qemu.press_power_button();
-    assert!(
-        qemu.said().contains("reboot: Power down"),
-        "{}",
-        qemu.said()
-    );
+    assert!(qemu.said().contains("reboot: Power down"), "{}", qemu.said());
     let report = verify_records(&disk, ImageFormat::Raw).unwrap();
-    assert_eq!(
-        (report.lost(&[write]), report.corrupt_sectors.len()),
-        (vec![], 0)
-    );
-    assert!(
-        report.highest > write.sequence,
-        "the guest's own writer wrote nothing"
-    );
+    assert_eq!((report.lost(&[write]), report.corrupt_sectors.len()), (vec![], 0));
+    assert!(report.highest > write.sequence, "the guest's own writer wrote nothing");
 }
 
 #[test]
@@ -258,24 +199,17 @@ fn load_and_sessions_run_side_by_side_without_a_disk() {
     let address = SocketAddrV4::new(ADDRESS, PORT);
     let netns = Some(bench.netns.as_str());
     qemu.wait_for_console("holdfast-guest ready");
-    assert!(
-        qemu.said()
-            .contains("cannot understand hf.bogus=1 on the command line")
-    );
+    assert!(qemu.said().contains("cannot understand hf.bogus=1 on the command line"));
     assert_eq!(client.status(DEADLINE).unwrap().dirty_mb_s, 20);
     let prober = Prober::start(netns, address, Duration::from_millis(5)).unwrap();
-    let sessions: Vec<TcpSession> = (0..3)
-        .map(|_| TcpSession::start(netns, address, Duration::from_millis(5), DEADLINE).unwrap())
-        .collect();
+    let sessions: Vec<TcpSession> =
+        (0..3).map(|_| TcpSession::start(netns, address, Duration::from_millis(5), DEADLINE).unwrap()).collect();
     let error = client.write(DEADLINE).unwrap_err().to_string();
     assert!(error.contains("NoDisk"), "{error}");
     assert_eq!(client.command("fill 16", DEADLINE).unwrap(), "ok");
     assert!(client.command("fill 4000", DEADLINE).is_err());
     let until = Instant::now() + DEADLINE;
-    while sessions
-        .iter()
-        .any(|session| session.answered() < 50 && !session.broken())
-    {
+    while sessions.iter().any(|session| session.answered() < 50 && !session.broken()) {
         assert!(Instant::now() < until, "the sessions are too slow");
         thread::sleep(Duration::from_millis(1));
     }
@@ -287,9 +221,5 @@ fn load_and_sessions_run_side_by_side_without_a_disk() {
     assert_eq!((probed.lost(), probed.boots().len()), (0, 1));
     assert_eq!(client.command("crash", DEADLINE).unwrap(), "ok");
     qemu.wait_for_end();
-    assert!(
-        qemu.said().contains("sysrq triggered crash"),
-        "{}",
-        qemu.said()
-    );
+    assert!(qemu.said().contains("sysrq triggered crash"), "{}", qemu.said());
 }

@@ -64,9 +64,7 @@ impl Fabric {
         let namespace = Namespace::create(&format!("{tag}-fabric"))?;
         // The switches themselves have nothing to say: without this, every
         // bridge and port would send IPv6 router solicitations.
-        namespace
-            .run(|| std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"))?
-            .ok();
+        namespace.run(|| std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"))?.ok();
         let mut lines = String::new();
         for network in Network::ALL {
             let bridge = network.bridge();
@@ -78,29 +76,15 @@ impl Fabric {
         }
         namespace.ip_batch(&lines)?;
         let link_socket = namespace
-            .run(|| {
-                socket(
-                    AddressFamily::Inet,
-                    SockType::Datagram,
-                    SockFlag::SOCK_CLOEXEC,
-                    None,
-                )
-            })?
+            .run(|| socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None))?
             .context("making the socket that switches the cables")?;
         let client = Namespace::create(&format!("{tag}-{CLIENT}"))?;
-        let fabric = Self {
-            client,
-            namespace,
-            link_socket,
-            wiring: Mutex::default(),
-        };
+        let fabric = Self { client, namespace, link_socket, wiring: Mutex::default() };
         for network in Network::ALL {
             if let Some(address) = network.client_address() {
                 fabric.lay_cable(CLIENT, network, &fabric.client, None)?;
                 let interface = network.interface();
-                fabric.client.ip_batch(&format!(
-                    "addr add {address}/24 dev {interface}\nlink set {interface} up\n"
-                ))?;
+                fabric.client.ip_batch(&format!("addr add {address}/24 dev {interface}\nlink set {interface} up\n"))?;
                 sys::set_interface_up(&fabric.link_socket, &port(CLIENT, network), true)
                     .context("plugging in the client")?;
             }
@@ -149,12 +133,10 @@ impl Fabric {
         if !wiring.attached.remove(node) {
             return Ok(());
         }
-        let lines: String = Network::ALL
-            .iter()
-            .fold(String::new(), |mut lines, network| {
-                let _ = writeln!(lines, "link del {}", port(node, *network));
-                lines
-            });
+        let lines: String = Network::ALL.iter().fold(String::new(), |mut lines, network| {
+            let _ = writeln!(lines, "link del {}", port(node, *network));
+            lines
+        });
         self.namespace.ip_batch(&lines)
     }
 
@@ -197,9 +179,7 @@ impl Fabric {
     /// When the kernel refuses to switch an interface.
     pub fn pull_all(&self, node: &str) -> Result<(Instant, Instant)> {
         let mut wiring = self.wiring();
-        wiring
-            .pulled
-            .extend(Network::ALL.map(|network| (node.to_owned(), network)));
+        wiring.pulled.extend(Network::ALL.map(|network| (node.to_owned(), network)));
         let before = Instant::now();
         self.for_attached(&wiring, node, false)?;
         Ok((before, Instant::now()))
@@ -225,14 +205,7 @@ impl Fabric {
             bail!("a loss of {percent} % is not possible");
         }
         let mut wiring = self.wiring();
-        wiring.losses.insert(
-            Path {
-                network,
-                from: from.to_owned(),
-                to: to.to_owned(),
-            },
-            percent,
-        );
+        wiring.losses.insert(Path { network, from: from.to_owned(), to: to.to_owned() }, percent);
         self.apply_losses(&mut wiring)
     }
 
@@ -287,17 +260,10 @@ impl Fabric {
 
     fn drop_between(&self, left: &[&str], right: &[&str], both_ways: bool) -> Result<()> {
         let mut wiring = self.wiring();
-        for (a, b) in left
-            .iter()
-            .flat_map(|a| right.iter().map(move |b| (*a, *b)))
-        {
+        for (a, b) in left.iter().flat_map(|a| right.iter().map(move |b| (*a, *b))) {
             for network in Network::ALL {
                 let mut lose = |from: &str, to: &str| {
-                    let path = Path {
-                        network,
-                        from: from.to_owned(),
-                        to: to.to_owned(),
-                    };
+                    let path = Path { network, from: from.to_owned(), to: to.to_owned() };
                     wiring.losses.insert(path, 100);
                 };
                 lose(a, b);
@@ -334,9 +300,7 @@ impl Fabric {
         if !wiring.attached.contains(node) {
             return Ok(());
         }
-        Network::ALL
-            .iter()
-            .try_for_each(|network| self.switch(node, *network, up))
+        Network::ALL.iter().try_for_each(|network| self.switch(node, *network, up))
     }
 
     fn switch(&self, node: &str, network: Network, up: bool) -> Result<()> {
@@ -346,15 +310,8 @@ impl Fabric {
         })
     }
 
-    fn lay_cable(
-        &self,
-        node: &str,
-        network: Network,
-        at: &Namespace,
-        mac: Option<String>,
-    ) -> Result<()> {
-        let (port, bridge, interface) =
-            (port(node, network), network.bridge(), network.interface());
+    fn lay_cable(&self, node: &str, network: Network, at: &Namespace, mac: Option<String>) -> Result<()> {
+        let (port, bridge, interface) = (port(node, network), network.bridge(), network.interface());
         let mac = mac.map(|mac| format!("address {mac} ")).unwrap_or_default();
         self.namespace
             .ip_batch(&format!(

@@ -55,12 +55,7 @@ impl GuestClient {
     /// As [`GuestClient::connect`].
     pub fn connect_to(netns: Option<&str>, address: SocketAddrV4) -> Result<Self> {
         let socket = udp_socket(netns, address)?;
-        Ok(Self {
-            socket,
-            netns: netns.map(str::to_owned),
-            address,
-            sequence: 0,
-        })
+        Ok(Self { socket, netns: netns.map(str::to_owned), address, sequence: 0 })
     }
 
     /// Pings until the guest answers, for `deadline` at most: the way to wait for a boot.
@@ -77,13 +72,7 @@ impl GuestClient {
     /// When the guest refused, or gave no answer in time (the record may be there or not).
     pub fn write(&mut self, deadline: Duration) -> Result<Acknowledged> {
         let reply = self.ask(Kind::Write, deadline, false)?;
-        acknowledged(&reply).ok_or_else(|| {
-            anyhow!(
-                "the guest at {} did not write: {:?}",
-                self.address,
-                reply.outcome
-            )
-        })
+        acknowledged(&reply).ok_or_else(|| anyhow!("the guest at {} did not write: {:?}", self.address, reply.outcome))
     }
 
     /// Asks how the guest is.
@@ -108,11 +97,7 @@ impl GuestClient {
             .take(LINE_BYTES)
             .read_line(&mut answer)
             .with_context(|| format!("the guest at {} did not answer {line:?}", self.address))?;
-        ensure!(
-            answer.ends_with('\n'),
-            "the guest at {} hung up on {line:?}",
-            self.address
-        );
+        ensure!(answer.ends_with('\n'), "the guest at {} hung up on {line:?}", self.address);
         let answer = answer.trim_end();
         match answer.strip_prefix("error ") {
             Some(error) => bail!("the guest at {} refused {line:?}: {error}", self.address),
@@ -122,10 +107,7 @@ impl GuestClient {
 
     fn ask(&mut self, kind: Kind, deadline: Duration, resend: bool) -> Result<Reply> {
         self.sequence += 1;
-        let request = Request {
-            kind,
-            sequence: self.sequence,
-        };
+        let request = Request { kind, sequence: self.sequence };
         let until = Instant::now() + deadline;
         self.socket.set_read_timeout(Some(RESEND))?;
         let mut sent = false;
@@ -143,11 +125,7 @@ impl GuestClient {
             // A refusal by the guest's kernel comes back at once: do not spin on it.
             thread::sleep(again.saturating_duration_since(Instant::now()));
         }
-        bail!(
-            "the guest at {} did not answer {kind:?} within {} ms",
-            self.address,
-            deadline.as_millis()
-        )
+        bail!("the guest at {} did not answer {kind:?} within {} ms", self.address, deadline.as_millis())
     }
 }
 
@@ -169,11 +147,7 @@ pub fn verify_records(image: &Path, format: ImageFormat) -> Result<RecordsReport
         return Ok(RecordsReport::read(image)?);
     }
     static COUNTER: AtomicU64 = AtomicU64::new(0);
-    let name = format!(
-        "holdfast-records-{}-{}.raw",
-        std::process::id(),
-        COUNTER.fetch_add(1, Ordering::Relaxed)
-    );
+    let name = format!("holdfast-records-{}-{}.raw", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
     let raw = Scratch(std::env::temp_dir().join(name));
     let output = Command::new("qemu-img")
         .args(["convert", "-f", "qcow2", "-O", "raw"])
@@ -199,10 +173,8 @@ impl Drop for Scratch {
 }
 
 fn acknowledged(reply: &Reply) -> Option<Acknowledged> {
-    (reply.outcome == Outcome::Done && reply.durable).then_some(Acknowledged {
-        sequence: reply.record,
-        boot_id: reply.boot_id,
-    })
+    (reply.outcome == Outcome::Done && reply.durable)
+        .then_some(Acknowledged { sequence: reply.record, boot_id: reply.boot_id })
 }
 
 /// The next reply, or `None` after the socket's time-out or an error that a booting, moving or dead
@@ -231,9 +203,7 @@ fn within<T: Send>(netns: Option<&str>, f: impl FnOnce() -> Result<T> + Send) ->
 fn udp_socket(netns: Option<&str>, address: SocketAddrV4) -> Result<UdpSocket> {
     within(netns, || {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).context("making a UDP socket")?;
-        socket
-            .connect(address)
-            .with_context(|| format!("there is no route to the guest at {address}"))?;
+        socket.connect(address).with_context(|| format!("there is no route to the guest at {address}"))?;
         Ok(socket)
     })
 }

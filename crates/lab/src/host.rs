@@ -108,12 +108,7 @@ enum Power {
 
 impl Host {
     pub(crate) fn new(spec: HostSpec, number: u8, site: Arc<Site>) -> Result<Self> {
-        let host = Self {
-            spec,
-            number,
-            site,
-            power: Mutex::new(Power::Off),
-        };
+        let host = Self { spec, number, site, power: Mutex::new(Power::Off) };
         for part in ["etc", "var", "run", "log", "clusterstorage"] {
             fs::create_dir_all(host.directory().join(part))
                 .with_context(|| format!("making the directory of host {}", host.name()))?;
@@ -172,10 +167,7 @@ impl Host {
             let _ = self.site.fabric.detach(self.name());
         })?;
         self.site.names.insert(machine.pid_namespace(), self.name());
-        *power = Power::On {
-            machine,
-            _network: network,
-        };
+        *power = Power::On { machine, _network: network };
         Ok(())
     }
 
@@ -197,12 +189,7 @@ impl Host {
         let dead = machine.wait_dead(DEATH_DEADLINE)?;
         self.clear_away(&mut power)?;
         darkened?;
-        Ok(PowerCut {
-            at,
-            dark,
-            killed,
-            dead,
-        })
+        Ok(PowerCut { at, dark, killed, dead })
     }
 
     /// Shuts the host down in order: the service is stopped, everything else is
@@ -238,9 +225,7 @@ impl Host {
     pub fn stop_service(&self) -> Result<()> {
         self.with_machine(|machine| {
             machine.command("stop")?;
-            machine.wait_service(self.spec.stop_timeout + SHUTDOWN_MARGIN, |service| {
-                service.pid.is_none()
-            })?;
+            machine.wait_service(self.spec.stop_timeout + SHUTDOWN_MARGIN, |service| service.pid.is_none())?;
             Ok(())
         })
     }
@@ -258,11 +243,7 @@ impl Host {
     ///
     /// # Errors
     /// When that has not come true within `deadline`, or the host dies.
-    pub fn wait_service(
-        &self,
-        deadline: Duration,
-        wanted: impl Fn(&ServiceEvent) -> bool,
-    ) -> Result<ServiceEvent> {
+    pub fn wait_service(&self, deadline: Duration, wanted: impl Fn(&ServiceEvent) -> bool) -> Result<ServiceEvent> {
         // Without the lock on the power: it may be cut while somebody waits.
         let watcher = self.with_machine(|machine| Ok(machine.watcher()))?;
         watcher.wait_service(deadline, wanted)
@@ -274,8 +255,7 @@ impl Host {
     /// When the host has no power or there is no such program.
     pub fn spawn(&self, argv: &[impl AsRef<OsStr>]) -> Result<HostProcess> {
         let watcher = self.with_machine(|machine| Ok(machine.watcher()))?;
-        HostProcess::spawn(&watcher, argv, &self.spec.env)
-            .with_context(|| format!("on host {}", self.name()))
+        HostProcess::spawn(&watcher, argv, &self.spec.env).with_context(|| format!("on host {}", self.name()))
     }
 
     /// Runs a command on the host and returns what it wrote and how it ended.
@@ -291,9 +271,7 @@ impl Host {
     /// # Errors
     /// When it cannot be started, or had to be killed.
     pub fn exec_within(&self, argv: &[impl AsRef<OsStr>], deadline: Duration) -> Result<Output> {
-        self.spawn(argv)?
-            .output(deadline)
-            .with_context(|| format!("on host {}", self.name()))
+        self.spawn(argv)?.output(deadline).with_context(|| format!("on host {}", self.name()))
     }
 
     /// The processes on the host, its init among them. Empty without power.
@@ -314,9 +292,7 @@ impl Host {
     pub fn pids(&self, words: &[&str]) -> Vec<i32> {
         self.processes()
             .into_iter()
-            .filter(|process| {
-                process.is_alive() && process.host_pid != 1 && process.mentions(words)
-            })
+            .filter(|process| process.is_alive() && process.host_pid != 1 && process.mentions(words))
             .map(|process| process.pid)
             .collect()
     }
@@ -328,8 +304,8 @@ impl Host {
     pub fn kill(&self, pid: i32, signal: Signal) -> Result<()> {
         let namespace = self.with_machine(|machine| Ok(machine.pid_namespace()))?;
         // Held before the question whose it is, so that the answer stays true.
-        let pidfd = sys::pidfd_open(pid)
-            .with_context(|| format!("there is no process {pid} on host {}", self.name()))?;
+        let pidfd =
+            sys::pidfd_open(pid).with_context(|| format!("there is no process {pid} on host {}", self.name()))?;
         if procfs::pid_namespace(pid) != Some(namespace) {
             bail!("process {pid} is not one of host {}", self.name());
         }
@@ -352,9 +328,7 @@ impl Host {
         let own = (self.directory(), self.site.host_directory());
         let args = HostArgs {
             hostname: self.name().into(),
-            binds: std::iter::once(own)
-                .chain(self.spec.binds.iter().cloned())
-                .collect(),
+            binds: std::iter::once(own).chain(self.spec.binds.iter().cloned()).collect(),
             scratch: self.scratch_directories(),
             log: self.log_path(),
             stop_timeout: self.spec.stop_timeout,
@@ -362,9 +336,7 @@ impl Host {
             start: self.spec.autostart && !self.spec.service.is_empty(),
         };
         let mut command = self.site.init.command("host");
-        command
-            .args(args.to_args())
-            .envs(self.spec.env.iter().cloned());
+        command.args(args.to_args()).envs(self.spec.env.iter().cloned());
         Machine::boot(command, network.name(), BOOT_DEADLINE)
             .with_context(|| format!("powering on host {}", self.name()))
     }

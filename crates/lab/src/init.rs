@@ -93,10 +93,7 @@ impl HostArgs {
             args.extend(["--scratch".into(), directory.into()]);
         }
         args.extend(["--log".into(), self.log.clone().into()]);
-        args.extend([
-            "--stop-ms".into(),
-            self.stop_timeout.as_millis().to_string().into(),
-        ]);
+        args.extend(["--stop-ms".into(), self.stop_timeout.as_millis().to_string().into()]);
         if self.start {
             args.push("--start".into());
         }
@@ -109,10 +106,7 @@ impl HostArgs {
         let mut args = args;
         let mut parsed = Self::default();
         while let Some(option) = args.next() {
-            let mut value = || {
-                args.next()
-                    .with_context(|| format!("{} needs a value", option.display()))
-            };
+            let mut value = || args.next().with_context(|| format!("{} needs a value", option.display()));
             match option.to_str() {
                 Some("--hostname") => parsed.hostname = value()?,
                 Some("--bind") => parsed.binds.push((value()?.into(), value()?.into())),
@@ -121,8 +115,7 @@ impl HostArgs {
                 Some("--stop-ms") => {
                     let text = value()?;
                     let ms = text.to_str().and_then(|text| text.parse().ok());
-                    parsed.stop_timeout =
-                        Duration::from_millis(ms.context("--stop-ms needs a number")?);
+                    parsed.stop_timeout = Duration::from_millis(ms.context("--stop-ms needs a number")?);
                 }
                 Some("--start") => parsed.start = true,
                 Some("--") => {
@@ -137,16 +130,11 @@ impl HostArgs {
 }
 
 fn run_host(args: HostArgs) -> Result<()> {
-    let control = std::io::stdin()
-        .as_fd()
-        .try_clone_to_owned()
-        .context("taking the control socket")?;
+    let control = std::io::stdin().as_fd().try_clone_to_owned().context("taking the control socket")?;
     let control = UnixStream::from(control);
     // The lab may be slow to read: a status line that does not fit is lost, as
     // it must never hold up the reaping.
-    control
-        .set_nonblocking(true)
-        .context("standard input is no socket of a lab")?;
+    control.set_nonblocking(true).context("standard input is no socket of a lab")?;
     let mut init = Init::new(args, control)?;
     if let Err(error) = init.make_private_world() {
         init.tell(&format!("failed {error:#}"));
@@ -183,56 +171,26 @@ impl Init {
         mask.thread_block().context("blocking signals")?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&mask, flags).context("making a signal descriptor")?;
-        Ok(Self {
-            args,
-            control,
-            line: Vec::new(),
-            signals,
-            service: Service::Down,
-            powering_off: false,
-        })
+        Ok(Self { args, control, line: Vec::new(), signals, service: Service::Down, powering_off: false })
     }
 
     /// Makes what a machine has to itself: mounts, `/proc`, `/run`, its name.
     fn make_private_world(&self) -> Result<()> {
         unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC)
             .context("making the host's namespaces (needs root)")?;
-        mount_at(
-            None,
-            Path::new("/"),
-            None,
-            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        )?;
+        mount_at(None, Path::new("/"), None, MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
         for (source, target) in &self.args.binds {
-            mount_at(
-                Some(source),
-                target,
-                None,
-                MsFlags::MS_BIND | MsFlags::MS_REC,
-            )?;
+            mount_at(Some(source), target, None, MsFlags::MS_BIND | MsFlags::MS_REC)?;
         }
         let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         for directory in &self.args.scratch {
             mount_at(None, directory, Some("tmpfs"), plain)?;
         }
-        mount_at(
-            None,
-            Path::new("/proc"),
-            Some("proc"),
-            plain | MsFlags::MS_NOEXEC,
-        )?;
+        mount_at(None, Path::new("/proc"), Some("proc"), plain | MsFlags::MS_NOEXEC)?;
         // A sysfs shows the network interfaces of the namespace that mounted it.
-        mount_at(
-            None,
-            Path::new("/sys"),
-            Some("sysfs"),
-            plain | MsFlags::MS_NOEXEC,
-        )?;
-        fs::write(
-            "/proc/sys/kernel/hostname",
-            self.args.hostname.as_encoded_bytes(),
-        )
-        .context("setting the host's name")?;
+        mount_at(None, Path::new("/sys"), Some("sysfs"), plain | MsFlags::MS_NOEXEC)?;
+        fs::write("/proc/sys/kernel/hostname", self.args.hostname.as_encoded_bytes())
+            .context("setting the host's name")?;
         std::env::set_current_dir("/").context("leaving the lab's directory")
     }
 
@@ -314,10 +272,7 @@ impl Init {
             Service::Restarting(at) if now >= at => self.start(),
             Service::Stopping { pid, kill_at } if now >= kill_at => {
                 let _ = kill(pid, Signal::SIGKILL);
-                self.service = Service::Stopping {
-                    pid,
-                    kill_at: now + self.args.stop_timeout.max(RESTART_AFTER),
-                };
+                self.service = Service::Stopping { pid, kill_at: now + self.args.stop_timeout.max(RESTART_AFTER) };
             }
             _ => {}
         }
@@ -393,32 +348,19 @@ impl Init {
     }
 
     fn tell(&mut self, line: &str) {
-        let _ = self
-            .control
-            .write_all(format!("{}\n", line.replace('\n', " ")).as_bytes());
+        let _ = self.control.write_all(format!("{}\n", line.replace('\n', " ")).as_bytes());
     }
 }
 
 fn spawn(program: &OsStr, arguments: &[OsString], log: &Path) -> Result<Pid> {
-    let output = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log)
-        .with_context(|| format!("opening {}", log.display()))?;
-    let errors = output
-        .try_clone()
-        .context("duplicating the log's descriptor")?;
+    let output =
+        OpenOptions::new().create(true).append(true).open(log).with_context(|| format!("opening {}", log.display()))?;
+    let errors = output.try_clone().context("duplicating the log's descriptor")?;
     let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(output)
-        .stderr(errors);
+    command.args(arguments).stdin(Stdio::null()).stdout(output).stderr(errors);
     // The init blocks the signals that it waits for; the service must get them.
     sys::with_no_signal_blocked(&mut command);
-    let child = command
-        .spawn()
-        .with_context(|| format!("starting {}", program.display()))?;
+    let child = command.spawn().with_context(|| format!("starting {}", program.display()))?;
     // Dropping `child` neither waits nor kills: `reap` collects it with the rest.
     Ok(Pid::from_raw(child.id() as i32))
 }
@@ -438,12 +380,7 @@ fn end_stragglers() {
     }
 }
 
-fn mount_at(
-    source: Option<&Path>,
-    target: &Path,
-    kind: Option<&str>,
-    flags: MsFlags,
-) -> Result<()> {
+fn mount_at(source: Option<&Path>, target: &Path, kind: Option<&str>, flags: MsFlags) -> Result<()> {
     mount(source, target, kind, flags, None::<&str>)
         .with_context(|| format!("mounting on {} of the host", target.display()))
 }
@@ -463,20 +400,12 @@ mod tests {
             service: vec!["sleep".into(), "--start".into()],
             start: true,
         };
-        assert_eq!(
-            HostArgs::parse(args.to_args().into_iter()).expect("parse"),
-            args
-        );
+        assert_eq!(HostArgs::parse(args.to_args().into_iter()).expect("parse"), args);
     }
 
     #[test]
     fn bad_command_lines_are_refused() {
-        for args in [
-            &["--hostname"][..],
-            &["--stop-ms", "x", "--"],
-            &["--nope", "--"],
-            &[],
-        ] {
+        for args in [&["--hostname"][..], &["--stop-ms", "x", "--"], &["--nope", "--"], &[]] {
             let args = args.iter().map(OsString::from);
             assert!(HostArgs::parse(args).is_err());
         }

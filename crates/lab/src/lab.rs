@@ -34,10 +34,7 @@ pub struct InitProgram {
 impl InitProgram {
     /// A program that does nothing but call [`crate::init::main`].
     pub fn new(program: impl Into<PathBuf>) -> Self {
-        Self {
-            program: program.into(),
-            args: Vec::new(),
-        }
+        Self { program: program.into(), args: Vec::new() }
     }
 
     pub(crate) fn command(&self, mode: &str) -> Command {
@@ -91,10 +88,7 @@ impl Lab {
     /// When this process is not root, `ip` is missing or the kernel refuses.
     pub fn inside(base: &Path, init: InitProgram) -> Result<Self> {
         if !init.program.is_absolute() {
-            bail!(
-                "the path of the lab's init is not absolute: {}",
-                init.program.display()
-            );
+            bail!("the path of the lab's init is not absolute: {}", init.program.display());
         }
         registry::sweep()?;
         let registration = Registration::new(base)?;
@@ -111,19 +105,8 @@ impl Lab {
             fs::create_dir(directory.join(part)).context("filling the lab's directory")?;
         }
         let fabric = Fabric::create(registration.tag())?;
-        let site = Site {
-            init,
-            tag: registration.tag().to_owned(),
-            directory,
-            fabric,
-            names: HostNames::default(),
-        };
-        Ok(Self {
-            hosts: Mutex::default(),
-            site: Arc::new(site),
-            registration: Some(registration),
-            guard,
-        })
+        let site = Site { init, tag: registration.tag().to_owned(), directory, fabric, names: HostNames::default() };
+        Ok(Self { hosts: Mutex::default(), site: Arc::new(site), registration: Some(registration), guard })
     }
 
     /// Adds a host, without power as yet. The first gets the addresses .11, the
@@ -153,10 +136,7 @@ impl Lab {
 
     /// The hosts in the order in which they were added.
     pub fn hosts(&self) -> Vec<Arc<Host>> {
-        self.hosts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The host called `name`.

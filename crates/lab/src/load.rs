@@ -43,14 +43,8 @@ impl CpuHogs {
                 }
             })
             .context("starting the thread of the CPU hogs")?;
-        let pids = reported
-            .recv()
-            .map_err(|_| anyhow!("the thread of the CPU hogs died"))??;
-        Ok(Self {
-            pids,
-            stop: Some(stop),
-            thread: Some(thread),
-        })
+        let pids = reported.recv().map_err(|_| anyhow!("the thread of the CPU hogs died"))??;
+        Ok(Self { pids, stop: Some(stop), thread: Some(thread) })
     }
 
     /// The processes' pids.
@@ -71,11 +65,7 @@ impl Drop for CpuHogs {
 fn spawn_hogs(count: usize, hogs: &mut Vec<Child>) -> Result<()> {
     for _ in 0..count {
         let mut command = Command::new("/bin/sh");
-        command
-            .args(["-c", "while :; do :; done"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
+        command.args(["-c", "while :; do :; done"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         sys::die_with_spawning_thread(&mut command);
         hogs.push(command.spawn().context("starting a CPU hog")?);
     }
@@ -97,16 +87,10 @@ mod tests {
         let ticks = |pid: i32| -> u64 {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
             let rest = stat.rsplit(')').next().expect("after the name");
-            rest.split_whitespace()
-                .nth(11)
-                .and_then(|t| t.parse().ok())
-                .expect("utime")
+            rest.split_whitespace().nth(11).and_then(|t| t.parse().ok()).expect("utime")
         };
         while pids.iter().any(|pid| ticks(*pid) == 0) {
-            assert!(
-                std::time::Instant::now() < deadline,
-                "the hogs burn nothing"
-            );
+            assert!(std::time::Instant::now() < deadline, "the hogs burn nothing");
             std::thread::yield_now();
         }
         drop(hogs);

@@ -65,9 +65,7 @@ impl Machine {
     /// namespace `network`, and waits until it says that it is up.
     pub(crate) fn boot(command: Command, network: &str, deadline: Duration) -> Result<Self> {
         let (control, theirs) = UnixStream::pair().context("making the init's control socket")?;
-        let lines = control
-            .try_clone()
-            .context("duplicating the init's control socket")?;
+        let lines = control.try_clone().context("duplicating the init's control socket")?;
         let board = Arc::new(Board::default());
         let (report, reported) = mpsc::channel();
         let thread = std::thread::Builder::new()
@@ -77,22 +75,14 @@ impl Machine {
                 move || live(command, theirs, lines, &network, &board, &report)
             })
             .context("starting the thread of a host")?;
-        let (pid, init) = reported
-            .recv()
-            .map_err(|_| anyhow!("the host's thread died"))??;
+        let (pid, init) = reported.recv().map_err(|_| anyhow!("the host's thread died"))??;
         let mut machine = Self {
-            watcher: Watcher {
-                board,
-                init: Arc::new(init),
-            },
+            watcher: Watcher { board, init: Arc::new(init) },
             control,
             pid_namespace: procfs::pid_namespace(pid).unwrap_or_default(),
             thread: Some(thread),
         };
-        let booted = machine
-            .watcher
-            .wait(deadline, "its init is up", |report| report.up)
-            .map(drop);
+        let booted = machine.watcher.wait(deadline, "its init is up", |report| report.up).map(drop);
         if let Err(error) = booted {
             let failure = machine.service().failure;
             // Dropping a machine switches it off.
@@ -137,9 +127,7 @@ impl Machine {
 
     /// Waits until the last process of the host is gone.
     pub(crate) fn wait_dead(&mut self, deadline: Duration) -> Result<Instant> {
-        let dead = self
-            .watcher
-            .wait(deadline, "every process is gone", |r| r.dead.is_some())?;
+        let dead = self.watcher.wait(deadline, "every process is gone", |r| r.dead.is_some())?;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -170,9 +158,8 @@ impl Watcher {
         deadline: Duration,
         wanted: impl Fn(&ServiceEvent) -> bool,
     ) -> Result<ServiceEvent> {
-        let report = self.wait(deadline, "its service is as wanted", |report| {
-            wanted(&report.service) || report.dead.is_some()
-        })?;
+        let report =
+            self.wait(deadline, "its service is as wanted", |report| wanted(&report.service) || report.dead.is_some())?;
         let service = report.service.clone();
         if !wanted(&service) {
             bail!("the host died; its service: {service:?}");
@@ -181,35 +168,18 @@ impl Watcher {
     }
 
     fn report(&self) -> MutexGuard<'_, Report> {
-        self.board
-            .report
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.board.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait(
-        &self,
-        deadline: Duration,
-        what: &str,
-        wanted: impl Fn(&Report) -> bool,
-    ) -> Result<MutexGuard<'_, Report>> {
+    fn wait(&self, deadline: Duration, what: &str, wanted: impl Fn(&Report) -> bool) -> Result<MutexGuard<'_, Report>> {
         let (report, _) = self
             .board
             .changed
-            .wait_timeout_while(self.report(), deadline, |report| {
-                !wanted(report) && report.dead.is_none()
-            })
+            .wait_timeout_while(self.report(), deadline, |report| !wanted(report) && report.dead.is_none())
             .unwrap_or_else(PoisonError::into_inner);
         if !wanted(&report) {
-            let dead = if report.dead.is_some() {
-                "; the host is dead"
-            } else {
-                ""
-            };
-            bail!(
-                "waited {deadline:?} in vain until {what}{dead}; its service: {:?}",
-                report.service
-            );
+            let dead = if report.dead.is_some() { "; the host is dead" } else { "" };
+            bail!("waited {deadline:?} in vain until {what}{dead}; its service: {:?}", report.service);
         }
         Ok(report)
     }
@@ -251,11 +221,7 @@ fn live(
     follow(lines, board);
     // Returns only when the kernel has collected every process of the namespace.
     let _ = child.wait();
-    board
-        .report
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .dead = Some(Instant::now());
+    board.report.lock().unwrap_or_else(PoisonError::into_inner).dead = Some(Instant::now());
     board.changed.notify_all();
 }
 
@@ -268,10 +234,7 @@ fn follow(lines: UnixStream, board: &Board) {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
-        let (word, rest) = line
-            .trim_end()
-            .split_once(' ')
-            .unwrap_or((line.trim_end(), ""));
+        let (word, rest) = line.trim_end().split_once(' ').unwrap_or((line.trim_end(), ""));
         let mut report = board.report.lock().unwrap_or_else(PoisonError::into_inner);
         match word {
             "up" => report.up = true,

@@ -24,9 +24,7 @@ impl Namespace {
     /// Makes a namespace with its loopback interface up.
     pub(crate) fn create(name: &str) -> Result<Self> {
         ip(&["netns", "add", name])?;
-        let namespace = Self {
-            name: name.to_owned(),
-        };
+        let namespace = Self { name: name.to_owned() };
         ip(&["-n", name, "link", "set", "lo", "up"])?;
         Ok(namespace)
     }
@@ -55,11 +53,8 @@ impl Namespace {
 
     /// Runs iproute2's `ip` with `lines`, one command in each, in one process.
     pub(crate) fn ip_batch(&self, lines: &str) -> Result<()> {
-        pipe_into(
-            Command::new("ip").args(["-n", &self.name, "-batch", "-"]),
-            lines,
-        )
-        .with_context(|| format!("setting up interfaces in {}", self.name))
+        pipe_into(Command::new("ip").args(["-n", &self.name, "-batch", "-"]), lines)
+            .with_context(|| format!("setting up interfaces in {}", self.name))
     }
 }
 
@@ -94,10 +89,9 @@ pub fn in_netns<T: Send>(name: &str, f: impl FnOnce() -> T + Send) -> Result<T> 
 /// Moves the calling thread into the namespace `name`, for good.
 pub(crate) fn enter(name: &str) -> Result<()> {
     let path = path_of(name);
-    let file = File::open(&path)
-        .with_context(|| format!("network namespace {name} is not there ({})", path.display()))?;
-    setns(&file, CloneFlags::CLONE_NEWNET)
-        .with_context(|| format!("entering network namespace {name} (needs root)"))
+    let file =
+        File::open(&path).with_context(|| format!("network namespace {name} is not there ({})", path.display()))?;
+    setns(&file, CloneFlags::CLONE_NEWNET).with_context(|| format!("entering network namespace {name} (needs root)"))
 }
 
 /// The namespaces whose name starts with `prefix`.
@@ -122,8 +116,7 @@ fn path_of(name: &str) -> PathBuf {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    pipe_into(Command::new("ip").args(arguments), "")
-        .with_context(|| format!("ip {}", arguments.join(" ")))
+    pipe_into(Command::new("ip").args(arguments), "").with_context(|| format!("ip {}", arguments.join(" ")))
 }
 
 /// Runs `command` with `input` on its standard input; its error output becomes
@@ -140,14 +133,9 @@ pub(crate) fn pipe_into(command: &mut Command, input: &str) -> Result<()> {
         // A child that gave up early says why on its error output.
         let _ = stdin.write_all(input.as_bytes());
     }
-    let output = child
-        .wait_with_output()
-        .with_context(|| format!("waiting for {program}"))?;
+    let output = child.wait_with_output().with_context(|| format!("waiting for {program}"))?;
     if !output.status.success() {
-        bail!(
-            "{program}: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
 }

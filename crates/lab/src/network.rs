@@ -21,13 +21,7 @@ pub enum Network {
 
 impl Network {
     /// Every network.
-    pub const ALL: [Self; 5] = [
-        Self::Management,
-        Self::Heartbeat,
-        Self::Migration,
-        Self::Production,
-        Self::Storage,
-    ];
+    pub const ALL: [Self; 5] = [Self::Management, Self::Heartbeat, Self::Migration, Self::Production, Self::Storage];
 
     /// The name of the network's bridge in the fabric: `mgmt`, `hb`, `mig`, `prod`, `stor`.
     pub fn bridge(self) -> &'static str {
@@ -88,11 +82,7 @@ impl Network {
     /// The hardware address of host `host` (counted from 0) here. It is the same
     /// after every power cycle, as a network card's is.
     pub(crate) fn mac(self, host: u8) -> String {
-        format!(
-            "02:68:66:00:{:02x}:{:02x}",
-            self.number(),
-            FIRST_HOST + host
-        )
+        format!("02:68:66:00:{:02x}:{:02x}", self.number(), FIRST_HOST + host)
     }
 }
 
@@ -129,14 +119,8 @@ mod tests {
                 }
             }
         }
-        assert_eq!(
-            Network::Management.host_address(0),
-            Some(Ipv4Addr::new(10, 77, 1, 11))
-        );
-        assert_eq!(
-            Network::Production.client_address(),
-            Some(Ipv4Addr::new(10, 77, 5, 1))
-        );
+        assert_eq!(Network::Management.host_address(0), Some(Ipv4Addr::new(10, 77, 1, 11)));
+        assert_eq!(Network::Production.client_address(), Some(Ipv4Addr::new(10, 77, 5, 1)));
         assert_eq!(Network::Heartbeat.client_address(), None);
     }
 }

@@ -37,11 +37,7 @@ pub struct HostProcess {
 }
 
 impl HostProcess {
-    pub(crate) fn spawn(
-        host: &Watcher,
-        argv: &[impl AsRef<OsStr>],
-        env: &[(OsString, OsString)],
-    ) -> Result<Self> {
+    pub(crate) fn spawn(host: &Watcher, argv: &[impl AsRef<OsStr>], env: &[(OsString, OsString)]) -> Result<Self> {
         let (program, arguments) = argv.split_first().context("an empty command line")?;
         let name = program.as_ref().to_string_lossy().into_owned();
         let mut command = Command::new(program);
@@ -79,10 +75,8 @@ impl HostProcess {
                 }
             })
             .context("starting a thread")?;
-        let (pid, pidfd, stdout, stderr) = reported
-            .recv()
-            .map_err(|_| anyhow!("its thread died"))?
-            .with_context(|| format!("running {name}"))?;
+        let (pid, pidfd, stdout, stderr) =
+            reported.recv().map_err(|_| anyhow!("its thread died"))?.with_context(|| format!("running {name}"))?;
         Ok(Self {
             name,
             pid,
@@ -115,8 +109,7 @@ impl HostProcess {
     /// # Errors
     /// When it has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        sys::pidfd_send_signal(&self.pidfd, signal)
-            .with_context(|| format!("signalling {}", self.name))
+        sys::pidfd_send_signal(&self.pidfd, signal).with_context(|| format!("signalling {}", self.name))
     }
 
     /// Waits until it ends.
@@ -133,12 +126,9 @@ impl HostProcess {
                 self.status = Some(status);
                 Ok(status)
             }
-            Err(_) => bail!(
-                "{} has not ended within {deadline:?}; it wrote: {}{}",
-                self.name,
-                self.stdout(),
-                self.stderr()
-            ),
+            Err(_) => {
+                bail!("{} has not ended within {deadline:?}; it wrote: {}{}", self.name, self.stdout(), self.stderr())
+            }
         }
     }
 
@@ -149,11 +139,7 @@ impl HostProcess {
     pub fn output(mut self, deadline: Duration) -> Result<Output> {
         let status = self.wait(deadline)?;
         let until = Instant::now() + OUTPUT_DEADLINE;
-        Ok(Output {
-            status,
-            stdout: self.stdout.finish(until),
-            stderr: self.stderr.finish(until),
-        })
+        Ok(Output { status, stdout: self.stdout.finish(until), stderr: self.stderr.finish(until) })
     }
 }
 
@@ -218,16 +204,11 @@ impl Capture {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        self.bytes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn finish(&self, until: Instant) -> Vec<u8> {
-        let _ = self
-            .finished
-            .recv_timeout(until.saturating_duration_since(Instant::now()));
+        let _ = self.finished.recv_timeout(until.saturating_duration_since(Instant::now()));
         self.bytes()
     }
 }

@@ -24,9 +24,7 @@ impl Process {
 
     /// Whether every one of `words` is an argument, or a part of one.
     pub fn mentions(&self, words: &[&str]) -> bool {
-        words
-            .iter()
-            .all(|word| self.argv.iter().any(|argument| argument.contains(word)))
+        words.iter().all(|word| self.argv.iter().any(|argument| argument.contains(word)))
     }
 }
 
@@ -35,10 +33,7 @@ pub(crate) fn all_pids() -> Vec<i32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect()
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// The command line of `pid`; `None` when there is no such process.
@@ -52,39 +47,25 @@ fn split_argv(bytes: &[u8]) -> Vec<String> {
     if bytes.is_empty() {
         return Vec::new();
     }
-    bytes
-        .split(|byte| *byte == 0)
-        .map(|word| String::from_utf8_lossy(word).into_owned())
-        .collect()
+    bytes.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
 }
 
 /// The inode number that names the PID namespace of `pid`.
 pub(crate) fn pid_namespace(pid: i32) -> Option<u64> {
-    fs::metadata(format!("/proc/{pid}/ns/pid"))
-        .ok()
-        .map(|meta| meta.ino())
+    fs::metadata(format!("/proc/{pid}/ns/pid")).ok().map(|meta| meta.ino())
 }
 
 /// The pid of the parent of `pid`.
 pub(crate) fn parent(pid: i32) -> Option<i32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in parentheses, may itself contain spaces and parentheses.
-    stat.rsplit_once(')')?
-        .1
-        .split_whitespace()
-        .nth(1)?
-        .parse()
-        .ok()
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// The process `pid`, if there is one.
 pub(crate) fn process(pid: i32) -> Option<Process> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let field = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
-    };
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim));
     Some(Process {
         pid,
         host_pid: field("NSpid")?.split_whitespace().last()?.parse().ok()?,

@@ -36,17 +36,12 @@ pub(crate) struct Registration {
 impl Registration {
     /// Enters a new lab whose directory will be inside `base`, and makes that.
     pub(crate) fn new(base: &Path) -> Result<Self> {
-        fs::create_dir_all(REGISTRY)
-            .with_context(|| format!("creating {REGISTRY} (needs root)"))?;
+        fs::create_dir_all(REGISTRY).with_context(|| format!("creating {REGISTRY} (needs root)"))?;
         let _exclusive = lock_registry()?;
         loop {
             let counter = NEXT.fetch_add(1, Ordering::Relaxed);
             let tag = format!("hf{}-{counter}", std::process::id());
-            let entry = match OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .open(entry(&tag))
-            {
+            let entry = match OpenOptions::new().write(true).create_new(true).open(entry(&tag)) {
                 Ok(file) => file,
                 // A lab of another PID namespace, or a dead one with our pid.
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
@@ -56,15 +51,10 @@ impl Registration {
                 .map_err(|(_, errno)| errno)
                 .context("locking the lab's entry")?;
             let directory = base.join(&tag);
-            lock.write_all(directory.as_os_str().as_encoded_bytes())
-                .context("writing the lab's entry")?;
+            lock.write_all(directory.as_os_str().as_encoded_bytes()).context("writing the lab's entry")?;
             fs::create_dir_all(&directory)
                 .with_context(|| format!("creating the lab's directory {}", directory.display()))?;
-            return Ok(Self {
-                tag,
-                directory,
-                _lock: lock,
-            });
+            return Ok(Self { tag, directory, _lock: lock });
         }
     }
 
@@ -104,8 +94,7 @@ pub(crate) fn sweep() -> Result<()> {
             }
         }
     }
-    dead.into_iter()
-        .try_for_each(|(tag, lock)| remove_claimed(&tag, lock))
+    dead.into_iter().try_for_each(|(tag, lock)| remove_claimed(&tag, lock))
 }
 
 /// Waits until the lab `tag` is gone, however long that takes, and removes what
@@ -125,19 +114,12 @@ pub(crate) fn outlive(tag: &str) -> Result<()> {
 
 /// Removes a lab whose entry we have locked, unless somebody has done it.
 fn remove_claimed(tag: &str, mut lock: Flock<File>) -> Result<()> {
-    if lock
-        .metadata()
-        .context("reading a dead lab's entry")?
-        .nlink()
-        == 0
-    {
+    if lock.metadata().context("reading a dead lab's entry")?.nlink() == 0 {
         return Ok(());
     }
     let mut directory = String::new();
-    lock.seek(SeekFrom::Start(0))
-        .context("reading a dead lab's entry")?;
-    lock.read_to_string(&mut directory)
-        .context("reading a dead lab's entry")?;
+    lock.seek(SeekFrom::Start(0)).context("reading a dead lab's entry")?;
+    lock.read_to_string(&mut directory).context("reading a dead lab's entry")?;
     let directory = PathBuf::from(directory);
     // Killed before it wrote its entry: it had no directory yet either. And
     // never remove a directory that does not carry the lab's own name.
@@ -191,10 +173,7 @@ fn lock_registry() -> Result<Flock<File>> {
             Err((_, errno)) => return Err(errno).context("locking the register of labs"),
         };
         if Instant::now() >= deadline {
-            bail!(
-                "another process has held {} for {REGISTRY_LOCK_DEADLINE:?}",
-                path.display()
-            );
+            bail!("another process has held {} for {REGISTRY_LOCK_DEADLINE:?}", path.display());
         }
         std::thread::sleep(Duration::from_millis(5));
     }

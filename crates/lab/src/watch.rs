@@ -128,10 +128,7 @@ impl SplitBrainWatch {
     ///
     /// # Errors
     /// As for [`SplitBrainWatch::start`].
-    pub fn start_with(
-        names: HostNames,
-        excuse: impl Fn(&Overlap) -> bool + Send + 'static,
-    ) -> Result<Self> {
+    pub fn start_with(names: HostNames, excuse: impl Fn(&Overlap) -> bool + Send + 'static) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let mut scanner = Scanner {
             names,
@@ -149,10 +146,7 @@ impl SplitBrainWatch {
             .name("split-brain watch".to_owned())
             .spawn(move || scanner.run())
             .context("starting the split-brain watch")?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
-        })
+        Ok(Self { shared, thread: Some(thread) })
     }
 
     /// Every QEMU seen so far, in the order of their coming.
@@ -176,11 +170,7 @@ impl SplitBrainWatch {
     ///
     /// # Errors
     /// When there is none within `deadline`.
-    pub fn wait_for(
-        &self,
-        deadline: Duration,
-        wanted: impl Fn(&Sighting) -> bool,
-    ) -> Result<Sighting> {
+    pub fn wait_for(&self, deadline: Duration, wanted: impl Fn(&Sighting) -> bool) -> Result<Sighting> {
         let (record, _) = self
             .shared
             .changed
@@ -192,11 +182,7 @@ impl SplitBrainWatch {
             Some(sighting) => Ok(sighting.clone()),
             None => bail!(
                 "no such QEMU within {deadline:?}{}; seen: {:#?}",
-                record
-                    .failure
-                    .as_ref()
-                    .map(|text| format!(" ({text})"))
-                    .unwrap_or_default(),
+                record.failure.as_ref().map(|text| format!(" ({text})")).unwrap_or_default(),
                 record.sightings
             ),
         }
@@ -208,9 +194,7 @@ impl SplitBrainWatch {
     /// When there is none within `deadline`.
     pub fn wait_started(&self, vm: &str, after: Instant, deadline: Duration) -> Result<Sighting> {
         let vm = vm.to_ascii_lowercase();
-        self.wait_for(deadline, |sighting| {
-            sighting.vm == vm && sighting.first_seen > after
-        })
+        self.wait_for(deadline, |sighting| sighting.vm == vm && sighting.first_seen > after)
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
@@ -272,11 +256,8 @@ impl Scanner {
 
     /// Waits for the next tick, or less when a QEMU ends.
     fn wait_tick(&mut self) -> Result<()> {
-        let mut fds: Vec<PollFd<'_>> = self
-            .tracked
-            .iter()
-            .map(|tracked| PollFd::new(tracked.pidfd.as_fd(), PollFlags::POLLIN))
-            .collect();
+        let mut fds: Vec<PollFd<'_>> =
+            self.tracked.iter().map(|tracked| PollFd::new(tracked.pidfd.as_fd(), PollFlags::POLLIN)).collect();
         match poll(&mut fds, PollTimeout::from(TICK_MS)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("waiting for the end of a QEMU"),
@@ -307,11 +288,7 @@ impl Scanner {
             for pid in self.last_pid + 1..=last_pid {
                 // The kernel counts threads' ids with the pids; they are of no interest.
                 if sys::pidfd_open(pid).is_ok() {
-                    self.young.push(Young {
-                        pid,
-                        born: now,
-                        next_look: now,
-                    });
+                    self.young.push(Young { pid, born: now, next_look: now });
                 }
             }
         }
@@ -343,11 +320,7 @@ impl Scanner {
     /// Keeps an eye on a process that only the full scan found, in case it is new.
     fn notice(&mut self, pid: i32, now: Instant) {
         if pid > self.last_pid.saturating_sub(NEW_PIDS) {
-            self.young.push(Young {
-                pid,
-                born: now,
-                next_look: now,
-            });
+            self.young.push(Young { pid, born: now, next_look: now });
         }
     }
 
@@ -369,8 +342,7 @@ impl Scanner {
         };
         // A QEMU that is about to start a helper program looks like two QEMUs
         // until the helper has replaced itself; the parent tells.
-        let forked = procfs::parent(pid)
-            .is_some_and(|parent| self.tracked.iter().any(|tracked| tracked.pid == parent));
+        let forked = procfs::parent(pid).is_some_and(|parent| self.tracked.iter().any(|tracked| tracked.pid == parent));
         if forked {
             return true;
         }
@@ -379,14 +351,7 @@ impl Scanner {
         false
     }
 
-    fn track(
-        &mut self,
-        pid: i32,
-        pidfd: OwnedFd,
-        vm: String,
-        host: Option<String>,
-        incoming: bool,
-    ) {
+    fn track(&mut self, pid: i32, pidfd: OwnedFd, vm: String, host: Option<String>, incoming: bool) {
         let now = Instant::now();
         let mut record = self.shared.record();
         let newer = Sighting {
@@ -403,26 +368,15 @@ impl Scanner {
             .iter()
             .filter(|older| older.vm == newer.vm && older.gone.is_none())
             .filter(|older| older.running_since.is_some() && !incoming)
-            .map(|older| Overlap {
-                at: now,
-                older: older.clone(),
-                newer: newer.clone(),
-            })
+            .map(|older| Overlap { at: now, older: older.clone(), newer: newer.clone() })
             .collect();
-        self.tracked.push(Tracked {
-            pid,
-            pidfd,
-            sighting: record.sightings.len(),
-        });
+        self.tracked.push(Tracked { pid, pidfd, sighting: record.sightings.len() });
         record.sightings.push(newer);
         record.promote(now);
         drop(record);
         let guilty = overlaps.into_iter().filter(|overlap| {
             // The older one may have ended since the last look.
-            let alive = self
-                .tracked
-                .iter()
-                .any(|t| t.pid == overlap.older.pid && !ended(&t.pidfd));
+            let alive = self.tracked.iter().any(|t| t.pid == overlap.older.pid && !ended(&t.pidfd));
             alive && !(self.excuse)(overlap)
         });
         let guilty: Vec<Overlap> = guilty.collect();
@@ -432,15 +386,9 @@ impl Scanner {
 
     fn read_last_pid(&self) -> Result<i32> {
         let mut text = [0; 128];
-        let length = self
-            .loadavg
-            .read_at(&mut text, 0)
-            .context("reading /proc/loadavg")?;
+        let length = self.loadavg.read_at(&mut text, 0).context("reading /proc/loadavg")?;
         let text = String::from_utf8_lossy(&text[..length]);
-        let last = text
-            .split_whitespace()
-            .last()
-            .and_then(|pid| pid.parse().ok());
+        let last = text.split_whitespace().last().and_then(|pid| pid.parse().ok());
         last.with_context(|| format!("/proc/loadavg is not understood: {text}"))
     }
 }
@@ -476,9 +424,7 @@ fn vm_of(argv: &[String]) -> Option<(String, bool)> {
     }
     // QEMU takes its options with one dash or two.
     let option = |name: &str| {
-        argv.iter().position(|word| {
-            word.strip_prefix("--").or_else(|| word.strip_prefix('-')) == Some(name)
-        })
+        argv.iter().position(|word| word.strip_prefix("--").or_else(|| word.strip_prefix('-')) == Some(name))
     };
     let uuid = argv.get(option("uuid")? + 1)?;
     let incoming = option("incoming").is_some();

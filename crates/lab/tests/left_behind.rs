@@ -18,18 +18,10 @@ fn victim() {
         return;
     };
     let lab = lab();
-    let host = lab
-        .add_host(HostSpec::new("n1").service(["sleep", &sleep]))
-        .expect("host");
+    let host = lab.add_host(HostSpec::new("n1").service(["sleep", &sleep])).expect("host");
     host.power_on().expect("power");
-    host.wait_service(DEADLINE, |service| service.pid.is_some())
-        .expect("service");
-    host.exec(&[
-        "sh",
-        "-c",
-        &format!("setsid sleep {sleep} > /dev/null 2>&1 &"),
-    ])
-    .expect("exec");
+    host.wait_service(DEADLINE, |service| service.pid.is_some()).expect("service");
+    host.exec(&["sh", "-c", &format!("setsid sleep {sleep} > /dev/null 2>&1 &")]).expect("exec");
     println!("\nvictim {} {}", lab.tag(), lab.directory().display());
     std::thread::sleep(std::time::Duration::from_secs(600));
 }
@@ -50,29 +42,18 @@ fn kill_a_lab(signal: nix::sys::signal::Signal, number: u32) {
         .expect("the victim has built its lab");
     let (tag, directory) = line.split_once(' ').expect("tag and directory");
     let directory = std::path::Path::new(directory);
-    eventually("service and daemon run", || {
-        processes_with(&format!("{sleep}\0")).len() >= 2
-    });
+    eventually("service and daemon run", || processes_with(&format!("{sleep}\0")).len() >= 2);
     assert_eq!(remains(tag, directory).len(), 5);
 
     let pid = nix::unistd::Pid::from_raw(child.id() as i32);
     nix::sys::signal::kill(pid, signal).expect("kill");
     child.wait().expect("wait");
     let killed = std::time::Instant::now();
-    eventually("its processes are gone", || {
-        processes_with(&format!("{sleep}\0")).is_empty()
-    });
+    eventually("its processes are gone", || processes_with(&format!("{sleep}\0")).is_empty());
     println!("processes gone {:?} after the lab's", killed.elapsed());
-    eventually("its namespaces and files are gone", || {
-        remains(tag, directory).is_empty()
-    });
-    println!(
-        "everything gone {:?} after the lab's process",
-        killed.elapsed()
-    );
-    eventually("its guard is gone", || {
-        processes_with(&format!("guard\0{tag}\0")).is_empty()
-    });
+    eventually("its namespaces and files are gone", || remains(tag, directory).is_empty());
+    println!("everything gone {:?} after the lab's process", killed.elapsed());
+    eventually("its guard is gone", || processes_with(&format!("guard\0{tag}\0")).is_empty());
 }
 
 #[test]

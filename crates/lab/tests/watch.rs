@@ -9,15 +9,7 @@ use holdfast_lab::{Host, HostProcess, HostSpec, SplitBrainWatch};
 use nix::sys::signal::Signal;
 
 fn qemu(host: &Host, vm: &str, more: &[&str]) -> HostProcess {
-    let mut argv = vec![
-        "qemu-system-x86_64",
-        "-M",
-        "none",
-        "-nodefaults",
-        "-display",
-        "none",
-        "-S",
-    ];
+    let mut argv = vec!["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none", "-S"];
     argv.extend(["-uuid", vm]);
     argv.extend(more);
     host.spawn(&argv).expect("QEMU")
@@ -48,75 +40,38 @@ fn two_owners_are_seen_and_a_migration_is_none() {
     let begun = Instant::now();
     let source = qemu(&n1, &vm, &[]);
     let seen = watch.wait_started(&vm, begun, DEADLINE).expect("seen");
-    println!(
-        "seen {:?} after the start of the call that started it",
-        seen.first_seen - begun
-    );
-    assert_eq!(
-        (seen.host.as_deref(), seen.pid, seen.incoming),
-        (Some("n1"), source.pid(), false)
-    );
+    println!("seen {:?} after the start of the call that started it", seen.first_seen - begun);
+    assert_eq!((seen.host.as_deref(), seen.pid, seen.incoming), (Some("n1"), source.pid(), false));
     let target = qemu(&n2, &vm, &["-incoming", "defer"]);
-    let target_seen = watch
-        .wait_started(&vm, seen.first_seen, DEADLINE)
-        .expect("seen");
-    assert_eq!(
-        (target_seen.host.as_deref(), target_seen.running_since),
-        (Some("n2"), None)
-    );
+    let target_seen = watch.wait_started(&vm, seen.first_seen, DEADLINE).expect("seen");
+    assert_eq!((target_seen.host.as_deref(), target_seen.running_since), (Some("n2"), None));
     let killed = kill(source);
-    let took_over = watch
-        .wait_for(DEADLINE, |s| {
-            s.pid == target.pid() && s.running_since.is_some()
-        })
-        .expect("taken over");
-    println!(
-        "end seen {:?} after the kill",
-        took_over.running_since.expect("instant") - killed
-    );
+    let took_over =
+        watch.wait_for(DEADLINE, |s| s.pid == target.pid() && s.running_since.is_some()).expect("taken over");
+    println!("end seen {:?} after the kill", took_over.running_since.expect("instant") - killed);
     kill(target);
-    watch
-        .wait_for(DEADLINE, |s| s.pid == target_seen.pid && s.gone.is_some())
-        .expect("gone");
+    watch.wait_for(DEADLINE, |s| s.pid == target_seen.pid && s.gone.is_some()).expect("gone");
     let again = qemu(&n1, &vm, &[]);
-    watch
-        .wait_started(&vm, target_seen.first_seen, DEADLINE)
-        .expect("seen");
+    watch.wait_started(&vm, target_seen.first_seen, DEADLINE).expect("seen");
     assert_eq!(watch.overlaps().expect("watch"), []);
 
     // A target that has taken over is an owner like any other.
     let second = qemu(&n2, &vm, &[]);
-    watch
-        .wait_for(DEADLINE, |s| s.pid == second.pid())
-        .expect("seen");
+    watch.wait_for(DEADLINE, |s| s.pid == second.pid()).expect("seen");
     let overlaps = watch.overlaps().expect("watch");
     assert_eq!(overlaps.len(), 1);
     let (older, newer) = (&overlaps[0].older, &overlaps[0].newer);
     assert_eq!((older.pid, newer.pid), (again.pid(), second.pid()));
-    assert_eq!(
-        (older.host.as_deref(), newer.host.as_deref()),
-        (Some("n1"), Some("n2"))
-    );
+    assert_eq!((older.host.as_deref(), newer.host.as_deref()), (Some("n1"), Some("n2")));
     assert_eq!(newer.vm, vm.to_ascii_lowercase());
 
     let alone = qemu(&n1, &broken, &["-incoming", "defer"]);
-    let promoted = watch
-        .wait_for(DEADLINE, |s| s.pid == alone.pid())
-        .expect("seen");
+    let promoted = watch.wait_for(DEADLINE, |s| s.pid == alone.pid()).expect("seen");
     assert!(promoted.running_since.is_some(), "it is alone");
     let rival = qemu(&n2, &broken, &[]);
-    watch
-        .wait_for(DEADLINE, |s| s.pid == rival.pid())
-        .expect("seen");
+    watch.wait_for(DEADLINE, |s| s.pid == rival.pid()).expect("seen");
     assert_eq!(watch.overlaps().expect("watch").len(), 2);
-    assert_eq!(
-        watch
-            .timeline()
-            .iter()
-            .filter(|s| s.vm == vm.to_ascii_lowercase())
-            .count(),
-        4
-    );
+    assert_eq!(watch.timeline().iter().filter(|s| s.vm == vm.to_ascii_lowercase()).count(), 4);
 }
 
 #[test]
@@ -127,13 +82,10 @@ fn the_caller_can_excuse_an_overlap() {
     let vm = uuid(3);
     let excused = vm.to_ascii_lowercase();
     let watch =
-        SplitBrainWatch::start_with(lab.host_names(), move |overlap| overlap.newer.vm == excused)
-            .expect("watch");
+        SplitBrainWatch::start_with(lab.host_names(), move |overlap| overlap.newer.vm == excused).expect("watch");
     let both = [qemu(&host, &vm, &[]), qemu(&host, &vm, &[])];
     for qemu in &both {
-        watch
-            .wait_for(DEADLINE, |s| s.pid == qemu.pid())
-            .expect("seen");
+        watch.wait_for(DEADLINE, |s| s.pid == qemu.pid()).expect("seen");
     }
     assert_eq!(watch.overlaps().expect("watch"), []);
 }
@@ -155,11 +107,7 @@ fn a_quick_succession_is_no_overlap_and_the_watch_is_cheap() {
     assert_eq!(watch.overlaps().expect("watch"), []);
     let share = thread_time("split-brain wat").as_secs_f64() / begun.elapsed().as_secs_f64();
     println!("the watch used {:.1} % of a core", share * 100.0);
-    assert!(
-        share < 0.5,
-        "the watch used {:.0} % of a core",
-        share * 100.0
-    );
+    assert!(share < 0.5, "the watch used {:.0} % of a core", share * 100.0);
 }
 
 /// The processor time of this process's thread called `name`.
@@ -169,10 +117,7 @@ fn thread_time(name: &str) -> Duration {
         let comm = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
         if comm.trim() == name {
             let line = std::fs::read_to_string(task.join("schedstat")).expect("schedstat");
-            let ns = line
-                .split_whitespace()
-                .next()
-                .and_then(|ns| ns.parse().ok());
+            let ns = line.split_whitespace().next().and_then(|ns| ns.parse().ok());
             return Duration::from_nanos(ns.expect("a number"));
         }
     }

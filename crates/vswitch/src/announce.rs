@@ -16,9 +16,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rtnetlink::packet_route::link::{BridgeVlanInfo, BridgeVlanInfoFlags};
-use rtnetlink::packet_route::neighbour::{
-    NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
-};
+use rtnetlink::packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState};
 use tokio::time::Instant;
 
 use crate::Vswitch;
@@ -59,40 +57,26 @@ impl Vswitch {
     ///
     /// # Errors
     /// [`Error::NoBridge`], [`Error::NoTap`], [`Error::TapIdle`], or the kernel refuses.
-    pub async fn prepare_announcement(
-        &self,
-        bridge: &str,
-        tap: &str,
-        mac: [u8; 6],
-    ) -> Result<Announcement> {
+    pub async fn prepare_announcement(&self, bridge: &str, tap: &str, mac: [u8; 6]) -> Result<Announcement> {
         let links = self.links().await?;
         let find = |name: &str| links.values().find(|link| link.name == name);
         let bridge = find(bridge)
             .filter(|link| link.bridge().is_some())
-            .ok_or_else(|| Error::NoBridge {
-                bridge: bridge.to_owned(),
-            })?;
+            .ok_or_else(|| Error::NoBridge { bridge: bridge.to_owned() })?;
         let tap = find(tap)
             .filter(|link| link.master == Some(bridge.index))
-            .ok_or_else(|| Error::NoTap {
-                tap: tap.to_owned(),
-                bridge: bridge.name.clone(),
-            })?;
+            .ok_or_else(|| Error::NoTap { tap: tap.to_owned(), bridge: bridge.name.clone() })?;
         // The port of a tap that was made just now may still forward, so the kernel cannot be left
         // to refuse this.
         if !tap.carrier {
-            return Err(Error::TapIdle {
-                tap: tap.name.clone(),
-            });
+            return Err(Error::TapIdle { tap: tap.name.clone() });
         }
         let vlans = match bridge.bridge() {
             Some(settings) if settings.vlan_filtering => Some(self.vlans().await?),
             _ => None,
         };
         let of = |port: &Link| -> Option<&[BridgeVlanInfo]> {
-            vlans
-                .as_ref()
-                .map(|vlans| vlans.get(&port.index).map_or(&[][..], Vec::as_slice))
+            vlans.as_ref().map(|vlans| vlans.get(&port.index).map_or(&[][..], Vec::as_slice))
         };
         let uplinks = links
             .values()
@@ -106,17 +90,8 @@ impl Vswitch {
                 })
             })
             .collect();
-        self.frame_socket().map_err(|source| Error::Announce {
-            uplink: bridge.name.clone(),
-            source,
-        })?;
-        Ok(Announcement {
-            vswitch: self.clone(),
-            tap: tap.name.clone(),
-            tap_index: tap.index,
-            mac,
-            uplinks,
-        })
+        self.frame_socket().map_err(|source| Error::Announce { uplink: bridge.name.clone(), source })?;
+        Ok(Announcement { vswitch: self.clone(), tap: tap.name.clone(), tap_index: tap.index, mac, uplinks })
     }
 
     /// Prepares and sends in one go; see [`Announcement::send`].
@@ -124,10 +99,7 @@ impl Vswitch {
     /// # Errors
     /// As for the two.
     pub async fn announce(&self, bridge: &str, tap: &str, mac: [u8; 6]) -> Result<()> {
-        self.prepare_announcement(bridge, tap, mac)
-            .await?
-            .send()
-            .await
+        self.prepare_announcement(bridge, tap, mac).await?.send().await
     }
 
     /// Takes an announcement back on the tap's bridge, when the migration failed after it. The network
@@ -162,10 +134,7 @@ impl Vswitch {
         match answer(|| format!("retract the announcement on tap {tap}"), request).await {
             // Aged out, learned elsewhere by now, or the tap left its bridge: nothing to take back.
             Err(error)
-                if matches!(
-                    error.errno(),
-                    Some(libc::ENOENT | libc::ENODEV | libc::EINVAL | libc::EOPNOTSUPP)
-                ) =>
+                if matches!(error.errno(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL | libc::EOPNOTSUPP)) =>
             {
                 Ok(())
             }
@@ -188,15 +157,10 @@ impl Announcement {
         self.learn().await?;
         let mut outcome = Ok(());
         for uplink in &self.uplinks {
-            let sent = self
-                .vswitch
-                .frame_socket()
-                .and_then(|socket| sys::send_frame(socket, uplink.index, &uplink.frame));
+            let sent =
+                self.vswitch.frame_socket().and_then(|socket| sys::send_frame(socket, uplink.index, &uplink.frame));
             if let Err(source) = sent {
-                outcome = outcome.and(Err(Error::Announce {
-                    uplink: uplink.name.clone(),
-                    source,
-                }));
+                outcome = outcome.and(Err(Error::Announce { uplink: uplink.name.clone(), source }));
             }
         }
         outcome
@@ -207,9 +171,7 @@ impl Announcement {
     /// # Errors
     /// The kernel refuses or does not answer.
     pub async fn retract(&self) -> Result<()> {
-        self.vswitch
-            .forget(&self.tap, self.tap_index, self.mac)
-            .await
+        self.vswitch.forget(&self.tap, self.tap_index, self.mac).await
     }
 
     /// An entry that ages and moves as if the bridge had learned it. The kernel puts it into every
@@ -241,9 +203,7 @@ impl Announcement {
                 }
                 Some(link) if link.carrier && link.up => return Err(error),
                 _ => {
-                    return Err(Error::TapIdle {
-                        tap: self.tap.clone(),
-                    });
+                    return Err(Error::TapIdle { tap: self.tap.clone() });
                 }
             }
         }
@@ -255,10 +215,7 @@ fn egress(tap: Option<&[BridgeVlanInfo]>, port: Option<&[BridgeVlanInfo]>) -> Op
     let (Some(tap), Some(port)) = (tap, port) else {
         return Some(None);
     };
-    let vid = tap
-        .iter()
-        .find(|vlan| vlan.flags.contains(BridgeVlanInfoFlags::Pvid))?
-        .vid;
+    let vid = tap.iter().find(|vlan| vlan.flags.contains(BridgeVlanInfoFlags::Pvid))?.vid;
     let there = port.iter().find(|vlan| vlan.vid == vid)?;
     match there.flags.contains(BridgeVlanInfoFlags::Untagged) {
         true => Some(None),

@@ -80,9 +80,7 @@ pub enum Error {
     },
 
     /// Another thing already has the name.
-    #[error(
-        "interface {name} exists already and {what}; remove or rename it, or choose another name"
-    )]
+    #[error("interface {name} exists already and {what}; remove or rename it, or choose another name")]
     NameTaken {
         /// The interface.
         name: String,
@@ -189,9 +187,7 @@ pub enum Error {
     },
 
     /// Nobody has the tap open, so its bridge port is down.
-    #[error(
-        "tap {tap} is not open in any process, so no frame can wait in it; start QEMU before the announcement"
-    )]
+    #[error("tap {tap} is not open in any process, so no frame can wait in it; start QEMU before the announcement")]
     TapIdle {
         /// The tap.
         tap: String,

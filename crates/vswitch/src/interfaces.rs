@@ -95,12 +95,9 @@ impl Vswitch {
     /// # Panics
     /// Outside of a tokio runtime.
     pub fn watch(&self) -> Result<mpsc::Receiver<()>> {
-        let (connection, handle, mut messages) = new_multicast_connection(&[
-            MulticastGroup::Link,
-            MulticastGroup::Ipv4Ifaddr,
-            MulticastGroup::Ipv6Ifaddr,
-        ])
-        .map_err(Error::Open)?;
+        let (connection, handle, mut messages) =
+            new_multicast_connection(&[MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr])
+                .map_err(Error::Open)?;
         let (changed, changes) = mpsc::channel(1);
         tokio::spawn(async move {
             // Without a handle the connection would end.

@@ -66,11 +66,6 @@ impl Vswitch {
     pub fn open() -> Result<Vswitch> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Open)?;
         tokio::spawn(connection);
-        Ok(Vswitch {
-            handle,
-            changing: Arc::default(),
-            listing: Arc::default(),
-            frames: Arc::default(),
-        })
+        Ok(Vswitch { handle, changing: Arc::default(), listing: Arc::default(), frames: Arc::default() })
     }
 }

@@ -11,8 +11,8 @@ use rtnetlink::packet_core::Nla;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoData, InfoKind,
-    InfoTun, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoData, InfoKind, InfoTun, LinkAttribute,
+    LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
@@ -148,9 +148,7 @@ fn shape(infos: &[LinkInfo]) -> Shape {
     });
     match (kind, details) {
         (None, _) => Shape::Nic,
-        (Some(InfoKind::Bridge), Some(InfoData::Bridge(attributes))) => {
-            Shape::Bridge(bridge_settings(attributes))
-        }
+        (Some(InfoKind::Bridge), Some(InfoData::Bridge(attributes))) => Shape::Bridge(bridge_settings(attributes)),
         (Some(InfoKind::Bridge), _) => Shape::Bridge(BridgeSettings::default()),
         (Some(InfoKind::Tun), details) => {
             let byte = |wanted: u16| match details {
@@ -160,9 +158,7 @@ fn shape(infos: &[LinkInfo]) -> Shape {
                     };
                     let mut value = vec![0; nla.value_len()];
                     nla.emit_value(&mut value);
-                    (nla.kind() == wanted)
-                        .then(|| value.first().copied())
-                        .flatten()
+                    (nla.kind() == wanted).then(|| value.first().copied()).flatten()
                 }),
                 _ => None,
             };
@@ -195,9 +191,9 @@ fn bridge_settings(attributes: &[InfoBridge]) -> BridgeSettings {
 
 /// No link-local address: a bridge or tap of guests is not a place where the host itself talks.
 pub fn without_ipv6(builder: LinkMessageBuilder<LinkUnspec>) -> LinkMessageBuilder<LinkUnspec> {
-    builder.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
-        vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
-    )]))
+    builder.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
+        AfSpecInet6::AddrGenMode(In6AddrGenMode::None),
+    ])]))
 }
 
 /// Waits for the kernel's answer, but not for ever.
@@ -207,19 +203,12 @@ pub async fn answer<T>(
 ) -> Result<T> {
     match tokio::time::timeout(DEADLINE, request).await {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(rtnetlink::Error::NetlinkError(message))) => Err(Error::Kernel {
-            doing: doing(),
-            source: io::Error::from_raw_os_error(message.raw_code().abs()),
-        }),
+        Ok(Err(rtnetlink::Error::NetlinkError(message))) => {
+            Err(Error::Kernel { doing: doing(), source: io::Error::from_raw_os_error(message.raw_code().abs()) })
+        }
         Ok(Err(rtnetlink::Error::RequestFailed)) => Err(Error::Closed { doing: doing() }),
-        Ok(Err(other)) => Err(Error::Protocol {
-            doing: doing(),
-            answer: other.to_string(),
-        }),
-        Err(_) => Err(Error::Timeout {
-            doing: doing(),
-            after: DEADLINE,
-        }),
+        Ok(Err(other)) => Err(Error::Protocol { doing: doing(), answer: other.to_string() }),
+        Err(_) => Err(Error::Timeout { doing: doing(), after: DEADLINE }),
     }
 }
 
@@ -227,10 +216,7 @@ impl Vswitch {
     /// The interface called `name`, if there is one.
     pub(crate) async fn link(&self, name: &str) -> Result<Option<Link>> {
         let mut answers = self.handle.link().get().match_name(name).execute();
-        let found = answer(|| format!("look for interface {name}"), async {
-            answers.next().await.transpose()
-        })
-        .await;
+        let found = answer(|| format!("look for interface {name}"), async { answers.next().await.transpose() }).await;
         match found {
             Ok(message) => Ok(message.map(Link::parse)),
             Err(error) if error.errno() == Some(libc::ENODEV) => Ok(None),
@@ -241,30 +227,17 @@ impl Vswitch {
     /// Every interface, by its index.
     pub(crate) async fn links(&self) -> Result<BTreeMap<u32, Link>> {
         let _alone = self.listing.lock().await;
-        let messages: Vec<LinkMessage> = answer(
-            || "list the interfaces".to_owned(),
-            self.handle.link().get().execute().try_collect(),
-        )
-        .await?;
-        Ok(messages
-            .into_iter()
-            .map(|message| (message.header.index, Link::parse(message)))
-            .collect())
+        let messages: Vec<LinkMessage> =
+            answer(|| "list the interfaces".to_owned(), self.handle.link().get().execute().try_collect()).await?;
+        Ok(messages.into_iter().map(|message| (message.header.index, Link::parse(message))).collect())
     }
 
     /// The addresses of every interface with their prefix lengths, without link-local IPv6 ones:
     /// every NIC has one of those, and it is no use without a scope.
-    pub(crate) async fn addresses(
-        &self,
-        which: Addresses,
-    ) -> Result<BTreeMap<u32, Vec<(IpAddr, u8)>>> {
+    pub(crate) async fn addresses(&self, which: Addresses) -> Result<BTreeMap<u32, Vec<(IpAddr, u8)>>> {
         let request = self.handle.address().get();
         let _alone = self.listing.lock().await;
-        let messages: Vec<_> = answer(
-            || "list the addresses".to_owned(),
-            request.execute().try_collect(),
-        )
-        .await?;
+        let messages: Vec<_> = answer(|| "list the addresses".to_owned(), request.execute().try_collect()).await?;
         let mut addresses: BTreeMap<u32, Vec<(IpAddr, u8)>> = BTreeMap::new();
         let unusable = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
         for message in messages {
@@ -285,10 +258,7 @@ impl Vswitch {
                 IpAddr::V6(v6) => v6.is_unicast_link_local(),
             };
             if let Some(address) = address.filter(|address| !link_local(address)) {
-                addresses
-                    .entry(message.header.index)
-                    .or_default()
-                    .push((address, message.header.prefix_len));
+                addresses.entry(message.header.index).or_default().push((address, message.header.prefix_len));
             }
         }
         for list in addresses.values_mut() {
@@ -298,11 +268,7 @@ impl Vswitch {
     }
 
     /// Changes an interface that is there (`RTM_NEWLINK` without `NLM_F_CREATE`).
-    pub(crate) async fn change(
-        &self,
-        doing: impl Fn() -> String,
-        message: LinkMessage,
-    ) -> Result<()> {
+    pub(crate) async fn change(&self, doing: impl Fn() -> String, message: LinkMessage) -> Result<()> {
         answer(doing, self.handle.link().change(message).execute()).await
     }
 
@@ -312,8 +278,7 @@ impl Vswitch {
         match bridge {
             Some(bridge) => {
                 let doing = || format!("make {} a port of bridge {}", port.name, bridge.name);
-                self.change(doing, builder.controller(bridge.index).build())
-                    .await
+                self.change(doing, builder.controller(bridge.index).build()).await
             }
             None => {
                 let doing = || format!("release {} from its bridge", port.name);
@@ -323,11 +288,7 @@ impl Vswitch {
     }
 
     pub(crate) async fn set_up(&self, link: &Link) -> Result<()> {
-        self.change(
-            || format!("bring {} up", link.name),
-            LinkUnspec::new_with_index(link.index).up().build(),
-        )
-        .await
+        self.change(|| format!("bring {} up", link.name), LinkUnspec::new_with_index(link.index).up().build()).await
     }
 
     /// Deletes an interface; one that has just gone by itself is no error.

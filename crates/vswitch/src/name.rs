@@ -21,11 +21,7 @@ const MAX_SWITCH: usize = 64;
 /// [`Error::InvalidName`] when the name is empty, longer than 64 bytes, or has characters that a
 /// terminal or the interface alias would garble.
 pub fn bridge_name(switch: &str) -> Result<String> {
-    let invalid = |why| Error::InvalidName {
-        what: "switch",
-        name: switch.to_owned(),
-        why,
-    };
+    let invalid = |why| Error::InvalidName { what: "switch", name: switch.to_owned(), why };
     if switch.is_empty() {
         return Err(invalid("it is empty"));
     }
@@ -43,10 +39,7 @@ pub fn bridge_name(switch: &str) -> Result<String> {
         return Ok(format!("{SWITCH_PREFIX}{switch}"));
     }
     let piece: String = switch.chars().filter(|c| plain(*c)).take(5).collect();
-    Ok(format!(
-        "{SWITCH_PREFIX}{piece}~{}",
-        base32(fnv1a(switch), 6)
-    ))
+    Ok(format!("{SWITCH_PREFIX}{piece}~{}", base32(fnv1a(switch), 6)))
 }
 
 /// The tap of the NIC number `nic_index` of the VM with the id `vm_id`: 40 bits of hash, so that
@@ -69,11 +62,7 @@ pub(crate) fn check_interface(what: &'static str, name: &str) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::InvalidName {
-        what,
-        name: name.to_owned(),
-        why,
-    })
+    Err(Error::InvalidName { what, name: name.to_owned(), why })
 }
 
 /// Refuses a tap name that [`tap_name`] could not have made: a reconciler would never find it.
@@ -82,19 +71,13 @@ pub(crate) fn check_tap(name: &str) -> Result<()> {
     if name.starts_with(TAP_PREFIX) {
         return Ok(());
     }
-    Err(Error::InvalidName {
-        what: "tap",
-        name: name.to_owned(),
-        why: "the name of a VM's tap starts with \"hft\"",
-    })
+    Err(Error::InvalidName { what: "tap", name: name.to_owned(), why: "the name of a VM's tap starts with \"hft\"" })
 }
 
 /// FNV-1a, 64 bits (draft-eastlake-fnv): not for secrets, but the same on every host and in every
 /// version, which the standard library's hashers do not promise.
 fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 /// The lowest `digits` * 5 bits in lower-case base 32 without look-alikes. The halves are folded
@@ -102,9 +85,7 @@ fn fnv1a(text: &str) -> u64 {
 fn base32(hash: u64, digits: usize) -> String {
     const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
     let folded = hash ^ (hash >> 37);
-    (0..digits)
-        .map(|i| char::from(ALPHABET[(folded >> (5 * i)) as usize & 31]))
-        .collect()
+    (0..digits).map(|i| char::from(ALPHABET[(folded >> (5 * i)) as usize & 31])).collect()
 }
 
 #[cfg(test)]
@@ -133,23 +114,14 @@ mod tests {
     #[test]
     fn names_never_change() {
         assert_eq!(bridge_name("production-east-1").unwrap(), "hf-produ~3j7r44");
-        assert_eq!(
-            tap_name("6e1c5c2e-1f5a-4a55-9d6c-6c8f3f1f2a01", 0),
-            "hftnetkj156-0"
-        );
-        assert_eq!(
-            tap_name("6e1c5c2e-1f5a-4a55-9d6c-6c8f3f1f2a01", 255),
-            "hftnetkj156-255"
-        );
+        assert_eq!(tap_name("6e1c5c2e-1f5a-4a55-9d6c-6c8f3f1f2a01", 0), "hftnetkj156-0");
+        assert_eq!(tap_name("6e1c5c2e-1f5a-4a55-9d6c-6c8f3f1f2a01", 255), "hftnetkj156-255");
     }
 
     #[test]
     fn unusable_switch_names_are_refused() {
         for name in ["", " lan", "lan ", "a\nb", "a\u{7}", &"x".repeat(65)] {
-            assert!(
-                matches!(bridge_name(name), Err(Error::InvalidName { .. })),
-                "{name:?}"
-            );
+            assert!(matches!(bridge_name(name), Err(Error::InvalidName { .. })), "{name:?}");
         }
     }
 
@@ -158,16 +130,7 @@ mod tests {
         for name in ["eth0", "vmbr0", "bond0.100", "0123456789abcde"] {
             check_interface("uplink", name).unwrap();
         }
-        for name in [
-            "",
-            ".",
-            "..",
-            "a b",
-            "a/b",
-            "a:b",
-            "eth%d",
-            "0123456789abcdef",
-        ] {
+        for name in ["", ".", "..", "a b", "a/b", "a:b", "eth%d", "0123456789abcdef"] {
             assert!(check_interface("uplink", name).is_err(), "{name:?}");
         }
         assert!(check_tap("tap0").is_err());

@@ -51,11 +51,7 @@ impl Mark {
             SwitchKind::Internal => ("internal", None),
             SwitchKind::Private => ("private", None),
         };
-        Mark {
-            switch: switch.name.clone(),
-            kind: kind.to_owned(),
-            uplink,
-        }
+        Mark { switch: switch.name.clone(), kind: kind.to_owned(), uplink }
     }
 
     fn text(&self) -> String {
@@ -67,8 +63,7 @@ impl Mark {
     pub fn parse(alias: &str) -> Option<Mark> {
         // The name comes last because it alone may have spaces.
         let mut parts = alias.splitn(4, ' ');
-        let (mark, kind, uplink, switch) =
-            (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let (mark, kind, uplink, switch) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         (mark == MARK).then(|| Mark {
             switch: switch.to_owned(),
             kind: kind.to_owned(),
@@ -106,11 +101,7 @@ impl Vswitch {
             // The switch may have had a bridge of its own before its uplink became one.
             self.remove_bridge(&switch.name, &name).await?;
             if !uplink.up {
-                warn!(
-                    bridge = uplink.name,
-                    switch = switch.name,
-                    "the host's bridge is down"
-                );
+                warn!(bridge = uplink.name, switch = switch.name, "the host's bridge is down");
             }
             return Ok(uplink.name.clone());
         }
@@ -120,20 +111,13 @@ impl Vswitch {
         let bridge = self.ensure_bridge(switch, &name).await?;
         if let Some(uplink) = uplink {
             if uplink.master != Some(bridge.index) {
-                info!(
-                    bridge = name,
-                    uplink = uplink.name,
-                    "plugging the uplink in"
-                );
+                info!(bridge = name, uplink = uplink.name, "plugging the uplink in");
                 self.set_master(&uplink, Some(&bridge)).await?;
             }
             if !uplink.up {
                 self.set_up(&uplink).await?;
             }
-            if bridge
-                .bridge()
-                .is_some_and(|settings| settings.vlan_filtering)
-            {
+            if bridge.bridge().is_some_and(|settings| settings.vlan_filtering) {
                 self.sync_uplink_vlans(&bridge).await?;
             }
         }
@@ -173,10 +157,7 @@ impl Vswitch {
     async fn uplink(&self, switch: &Switch, uplink: &str) -> Result<Link> {
         check_interface("uplink", uplink)?;
         let Some(link) = self.link(uplink).await? else {
-            return Err(Error::UplinkMissing {
-                switch: switch.name.clone(),
-                uplink: uplink.to_owned(),
-            });
+            return Err(Error::UplinkMissing { switch: switch.name.clone(), uplink: uplink.to_owned() });
         };
         let foreign_switch = link.mark().is_some();
         if link.loopback || link.is_tun() || !link.ethernet || foreign_switch {
@@ -200,11 +181,7 @@ impl Vswitch {
                 Some(link) => link.name,
                 None => format!("interface {master}"),
             };
-            return Err(Error::UplinkInUse {
-                switch: switch.name.clone(),
-                uplink: uplink.name.clone(),
-                master,
-            });
+            return Err(Error::UplinkInUse { switch: switch.name.clone(), uplink: uplink.name.clone(), master });
         }
         match self.addresses(Addresses::All).await?.remove(&uplink.index) {
             Some(addresses) => Err(Error::UplinkHasAddresses {
@@ -219,22 +196,14 @@ impl Vswitch {
     async fn ensure_bridge(&self, switch: &Switch, name: &str) -> Result<Link> {
         let mark = Mark::of(switch);
         if self.link(name).await?.is_none() {
-            info!(
-                bridge = name,
-                switch = switch.name,
-                "making the switch's bridge"
-            );
+            info!(bridge = name, switch = switch.name, "making the switch's bridge");
             let message = LinkBridge::new(name)
                 .down()
                 .stp_state(BridgeStpState::Disabled)
                 .forward_delay(0)
                 .mcast_snooping(false)
                 .build();
-            answer(
-                || format!("make bridge {name}"),
-                self.handle.link().add(message).execute(),
-            )
-            .await?;
+            answer(|| format!("make bridge {name}"), self.handle.link().add(message).execute()).await?;
         }
         let bridge = self.bridge_link(name, switch).await?;
         let settings = bridge.bridge().unwrap_or_default();
@@ -266,8 +235,7 @@ impl Vswitch {
         let kind_changed = marked.as_ref().is_none_or(|old| old.kind != mark.kind);
         let change = || LinkUnspec::new_with_index(bridge.index);
         if kind_changed && switch.kind != SwitchKind::Internal {
-            self.change(doing, without_ipv6(change()).down().build())
-                .await?;
+            self.change(doing, without_ipv6(change()).down().build()).await?;
         }
         if kind_changed || !bridge.up || bridge.arp != arp {
             self.change(doing, change().arp(arp).up().build()).await?;
@@ -288,9 +256,7 @@ impl Vswitch {
     }
 
     async fn bridge_link(&self, name: &str, switch: &Switch) -> Result<Link> {
-        let bridge = self.link(name).await?.ok_or_else(|| Error::NoBridge {
-            bridge: name.to_owned(),
-        })?;
+        let bridge = self.link(name).await?.ok_or_else(|| Error::NoBridge { bridge: name.to_owned() })?;
         check_ours(&bridge, &switch.name)?;
         Ok(bridge)
     }
@@ -299,10 +265,7 @@ impl Vswitch {
 /// Refuses a link that is not the bridge of `switch`. A bridge with our name and no alias is one
 /// that a crash left between making and marking it.
 fn check_ours(bridge: &Link, switch: &str) -> Result<()> {
-    let taken = |what: String| Error::NameTaken {
-        name: bridge.name.clone(),
-        what,
-    };
+    let taken = |what: String| Error::NameTaken { name: bridge.name.clone(), what };
     if bridge.bridge().is_none() {
         return Err(taken(format!("is {}", bridge.what())));
     }
@@ -320,17 +283,8 @@ mod tests {
 
     #[test]
     fn a_mark_reads_back() {
-        for kind in [
-            SwitchKind::Internal,
-            SwitchKind::Private,
-            SwitchKind::External {
-                uplink: "eth1".into(),
-            },
-        ] {
-            let mark = Mark::of(&Switch {
-                name: "office on the left".into(),
-                kind,
-            });
+        for kind in [SwitchKind::Internal, SwitchKind::Private, SwitchKind::External { uplink: "eth1".into() }] {
+            let mark = Mark::of(&Switch { name: "office on the left".into(), kind });
             assert_eq!(Mark::parse(&mark.text()), Some(mark));
         }
         for alias in ["", "holdfast", "uplink to the core", "other internal - lan"] {

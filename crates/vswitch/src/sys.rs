@@ -35,11 +35,7 @@ struct EthtoolCmd {
 }
 
 fn check(result: c_int) -> io::Result<c_int> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// A request about the interface `name`. The caller has checked that the name fits.
@@ -56,11 +52,7 @@ fn interface_request(name: &str) -> libc::ifreq {
 /// Attaches to the tap `name`, which is made when it is not there, in this thread's namespace.
 /// Non-blocking; every frame is preceded by a 10-byte `virtio_net_hdr`.
 pub fn tap_open(name: &str) -> io::Result<OwnedFd> {
-    let tap: File = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open("/dev/net/tun")?;
+    let tap: File = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
     let mut request = interface_request(name);
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call; the descriptor is open.
@@ -71,13 +63,7 @@ pub fn tap_open(name: &str) -> io::Result<OwnedFd> {
 /// Lets the tap outlive its descriptors.
 pub fn tap_persist(tap: &OwnedFd) -> io::Result<()> {
     // SAFETY: TUNSETPERSIST takes a plain number and no pointer; the descriptor is open.
-    check(unsafe {
-        libc::ioctl(
-            tap.as_raw_fd(),
-            libc::TUNSETPERSIST as _,
-            1 as libc::c_ulong,
-        )
-    })?;
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) })?;
     Ok(())
 }
 
@@ -100,16 +86,12 @@ fn socket(family: c_int, kind: c_int) -> io::Result<OwnedFd> {
 
 /// The link speed of `name` in Mbit/s, if its driver knows one.
 pub fn link_speed(socket: &OwnedFd, name: &str) -> Option<u32> {
-    let mut command = EthtoolCmd {
-        cmd: ETHTOOL_GSET,
-        ..EthtoolCmd::default()
-    };
+    let mut command = EthtoolCmd { cmd: ETHTOOL_GSET, ..EthtoolCmd::default() };
     let mut request = interface_request(name);
     request.ifr_ifru.ifru_data = (&raw mut command).cast();
     // SAFETY: SIOCETHTOOL with ETHTOOL_GSET writes one ethtool_cmd through ifru_data; the layout is
     // the kernel's, and both structures outlive the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) })
-        .ok()?;
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) }).ok()?;
     let speed = u32::from(command.speed_hi) << 16 | u32::from(command.speed);
     // SPEED_UNKNOWN is -1, in old drivers cut to 16 bits.
     (speed != 0 && speed != u32::MAX && speed != u32::from(u16::MAX)).then_some(speed)

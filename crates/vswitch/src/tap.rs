@@ -52,11 +52,7 @@ pub struct TapState {
 /// [`Error::Tap`], for instance while another process has it open; [`Error::InvalidName`].
 pub fn attach_tap(name: &str) -> Result<OwnedFd> {
     check_tap(name)?;
-    sys::tap_open(name).map_err(|source| Error::Tap {
-        tap: name.to_owned(),
-        doing: "cannot attach to it",
-        source,
-    })
+    sys::tap_open(name).map_err(|source| Error::Tap { tap: name.to_owned(), doing: "cannot attach to it", source })
 }
 
 impl Vswitch {
@@ -71,16 +67,10 @@ impl Vswitch {
         check_tap(&tap.name)?;
         check_interface("bridge", &tap.bridge)?;
         if let Some(mtu) = tap.mtu.filter(|mtu| !(68..=65_521).contains(mtu)) {
-            return Err(Error::InvalidMtu {
-                tap: tap.name.clone(),
-                mtu,
-            });
+            return Err(Error::InvalidMtu { tap: tap.name.clone(), mtu });
         }
         if let Some(vlan) = tap.vlan.filter(|vlan| !(1..=4094).contains(vlan)) {
-            return Err(Error::InvalidVlan {
-                tap: tap.name.clone(),
-                vlan,
-            });
+            return Err(Error::InvalidVlan { tap: tap.name.clone(), vlan });
         }
         let _changing = self.changing.lock().await;
         let bridge = self.existing_bridge(&tap.bridge).await?;
@@ -103,8 +93,7 @@ impl Vswitch {
             differs = true;
         }
         if differs {
-            self.change(|| format!("set up tap {}", tap.name), change.build())
-                .await?;
+            self.change(|| format!("set up tap {}", tap.name), change.build()).await?;
         }
         if link.master != Some(bridge.index) {
             self.set_master(&link, Some(&bridge)).await?;
@@ -135,9 +124,7 @@ impl Vswitch {
         if let Some(master) = link.master
             && let Some(bridge) = self.links().await?.remove(&master)
             && bridge.mark().is_some()
-            && bridge
-                .bridge()
-                .is_some_and(|settings| settings.vlan_filtering)
+            && bridge.bridge().is_some_and(|settings| settings.vlan_filtering)
         {
             self.sync_uplink_vlans(&bridge).await?;
         }
@@ -155,10 +142,7 @@ impl Vswitch {
             .filter(|link| link.is_tun() && link.name.starts_with(TAP_PREFIX))
             .map(|link| TapState {
                 name: link.name.clone(),
-                bridge: link
-                    .master
-                    .and_then(|index| links.get(&index))
-                    .map(|master| master.name.clone()),
+                bridge: link.master.and_then(|index| links.get(&index)).map(|master| master.name.clone()),
                 mtu: link.mtu,
                 up: link.up,
                 open: link.carrier,
@@ -173,9 +157,7 @@ impl Vswitch {
         self.link(name)
             .await?
             .filter(|link| link.bridge().is_some())
-            .ok_or_else(|| Error::NoBridge {
-                bridge: name.to_owned(),
-            })
+            .ok_or_else(|| Error::NoBridge { bridge: name.to_owned() })
     }
 
     async fn existing_or_new(&self, name: &str) -> Result<(Link, bool)> {
@@ -184,13 +166,7 @@ impl Vswitch {
             return Ok((link, false));
         }
         debug!(tap = name, "making the tap");
-        let failed = |doing| {
-            move |source| Error::Tap {
-                tap: name.to_owned(),
-                doing,
-                source,
-            }
-        };
+        let failed = |doing| move |source| Error::Tap { tap: name.to_owned(), doing, source };
         let queue = sys::tap_open(name).map_err(failed("cannot make it with /dev/net/tun"))?;
         sys::tap_persist(&queue).map_err(failed("cannot make it persistent"))?;
         drop(queue);
@@ -206,23 +182,11 @@ impl Vswitch {
 
 fn check_shape(link: &Link) -> Result<()> {
     let what = match link.shape {
-        Shape::Tun {
-            tap: true,
-            multi_queue: false,
-        } => return Ok(()),
-        Shape::Tun {
-            tap: true,
-            multi_queue: true,
-        } => "is a tap with several queues",
+        Shape::Tun { tap: true, multi_queue: false } => return Ok(()),
+        Shape::Tun { tap: true, multi_queue: true } => "is a tap with several queues",
         _ => {
-            return Err(Error::NameTaken {
-                name: link.name.clone(),
-                what: format!("is {}", link.what()),
-            });
+            return Err(Error::NameTaken { name: link.name.clone(), what: format!("is {}", link.what()) });
         }
     };
-    Err(Error::NameTaken {
-        name: link.name.clone(),
-        what: what.to_owned(),
-    })
+    Err(Error::NameTaken { name: link.name.clone(), what: what.to_owned() })
 }

@@ -21,18 +21,10 @@ fn access() -> BridgeVlanInfoFlags {
 impl Vswitch {
     /// The VLANs of every bridge port, by the port's index.
     pub(crate) async fn vlans(&self) -> Result<BTreeMap<u32, Vec<BridgeVlanInfo>>> {
-        let request = self
-            .handle
-            .link()
-            .get()
-            .set_filter_mask(BRIDGE_FAMILY, vec![LinkExtentMask::Brvlan])
-            .execute();
+        let request = self.handle.link().get().set_filter_mask(BRIDGE_FAMILY, vec![LinkExtentMask::Brvlan]).execute();
         let _alone = self.listing.lock().await;
-        let messages: Vec<LinkMessage> = answer(
-            || "list the VLANs of the bridges".to_owned(),
-            request.try_collect(),
-        )
-        .await?;
+        let messages: Vec<LinkMessage> =
+            answer(|| "list the VLANs of the bridges".to_owned(), request.try_collect()).await?;
         let mut vlans: BTreeMap<u32, Vec<BridgeVlanInfo>> = BTreeMap::new();
         for message in messages {
             let list = vlans.entry(message.header.index).or_default();
@@ -52,40 +44,26 @@ impl Vswitch {
     /// Makes sure that `bridge` can tell VLANs apart when `tap` wants one. Comes before the tap is
     /// made, so that nothing is half-made where it cannot.
     pub(crate) async fn ensure_filtering(&self, tap: &Tap, bridge: &Link) -> Result<()> {
-        let on = bridge
-            .bridge()
-            .is_some_and(|settings| settings.vlan_filtering);
+        let on = bridge.bridge().is_some_and(|settings| settings.vlan_filtering);
         let Some(vlan) = tap.vlan.filter(|_| !on) else {
             return Ok(());
         };
         if bridge.mark().is_none() {
-            return Err(Error::BridgeWithoutVlans {
-                tap: tap.name.clone(),
-                bridge: bridge.name.clone(),
-                vlan,
-            });
+            return Err(Error::BridgeWithoutVlans { tap: tap.name.clone(), bridge: bridge.name.clone(), vlan });
         }
         // Nothing changes for the ports that are there: all are untagged in the default VLAN.
         let message = LinkBridge::new(&bridge.name).vlan_filtering(true).build();
         let doing = || format!("turn VLAN filtering on in bridge {}", bridge.name);
         match self.change(doing, message).await {
             Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
-                Err(Error::KernelWithoutVlans {
-                    tap: tap.name.clone(),
-                    vlan,
-                })
+                Err(Error::KernelWithoutVlans { tap: tap.name.clone(), vlan })
             }
             other => other,
         }
     }
 
     /// Makes `tap` an access port of `vlan`, or of the bridge's default VLAN.
-    pub(crate) async fn ensure_access_vlan(
-        &self,
-        tap: &Link,
-        bridge: &Link,
-        vlan: Option<u16>,
-    ) -> Result<()> {
+    pub(crate) async fn ensure_access_vlan(&self, tap: &Link, bridge: &Link, vlan: Option<u16>) -> Result<()> {
         let settings = bridge.bridge().unwrap_or_default();
         if !settings.vlan_filtering && vlan.is_none() {
             return Ok(());
@@ -124,13 +102,9 @@ impl Vswitch {
             .map(|vlan| vlan.vid)
             .filter(|vid| *vid != default)
             .collect();
-        let present: BTreeSet<u16> = of(uplink)
-            .map(|vlan| vlan.vid)
-            .filter(|vid| *vid != default)
-            .collect();
+        let present: BTreeSet<u16> = of(uplink).map(|vlan| vlan.vid).filter(|vid| *vid != default).collect();
         for vid in wanted.difference(&present) {
-            self.add_vlan(uplink, *vid, BridgeVlanInfoFlags::empty())
-                .await?;
+            self.add_vlan(uplink, *vid, BridgeVlanInfoFlags::empty()).await?;
         }
         for vid in present.difference(&wanted) {
             self.remove_vlan(uplink, *vid).await?;
@@ -140,17 +114,11 @@ impl Vswitch {
 
     async fn add_vlan(&self, port: &Link, vid: u16, flags: BridgeVlanInfoFlags) -> Result<()> {
         let message = LinkBridgeVlan::new(port.index).vlan(vid, flags).build();
-        answer(
-            || format!("put {} into VLAN {vid}", port.name),
-            self.handle.link().set(message).execute(),
-        )
-        .await
+        answer(|| format!("put {} into VLAN {vid}", port.name), self.handle.link().set(message).execute()).await
     }
 
     async fn remove_vlan(&self, port: &Link, vid: u16) -> Result<()> {
-        let message = LinkBridgeVlan::new(port.index)
-            .vlan(vid, BridgeVlanInfoFlags::empty())
-            .build();
+        let message = LinkBridgeVlan::new(port.index).vlan(vid, BridgeVlanInfoFlags::empty()).build();
         answer(
             || format!("take {} out of VLAN {vid}", port.name),
             self.handle.link().del_with_message(message).execute(),

@@ -22,23 +22,14 @@ struct Site {
 impl Site {
     fn new(vlan: Option<u16>) -> Site {
         let fabric = Namespace::new();
-        let filtering = if vlan.is_some() {
-            "vlan_filtering 1"
-        } else {
-            ""
-        };
-        fabric.ip(&format!(
-            "link add fabric up type bridge forward_delay 0 mcast_snooping 0 {filtering}"
-        ));
+        let filtering = if vlan.is_some() { "vlan_filtering 1" } else { "" };
+        fabric.ip(&format!("link add fabric up type bridge forward_delay 0 mcast_snooping 0 {filtering}"));
         let hosts = [Namespace::new(), Namespace::new()];
         for (host, port) in hosts.iter().zip(["pa", "pb"]) {
             host.cable("eth1", &fabric, port);
             fabric.ip(&format!("link set {port} master fabric"));
             host.run(|vswitch| async move {
-                vswitch
-                    .ensure_switch(&external("lan", "eth1"))
-                    .await
-                    .unwrap();
+                vswitch.ensure_switch(&external("lan", "eth1")).await.unwrap();
                 vswitch.ensure_tap(&tap(TAP, "hf-lan", vlan)).await.unwrap();
             });
         }
@@ -52,34 +43,19 @@ impl Site {
         }
         let client = fabric.guest("hft-client");
         let guests = [hosts[0].guest(TAP), hosts[1].guest(TAP)];
-        let site = Site {
-            fabric,
-            hosts,
-            guests,
-            client,
-        };
+        let site = Site { fabric, hosts, guests, client };
         eventually("every port forwards", || {
-            [(&site.fabric, 3), (&site.hosts[0], 2), (&site.hosts[1], 2)]
-                .iter()
-                .all(|(namespace, ports)| {
-                    let links = namespace.bridge("link show");
-                    let links = links.as_array().unwrap();
-                    links
-                        .iter()
-                        .filter(|link| link["state"] == "forwarding")
-                        .count()
-                        == *ports
-                })
+            [(&site.fabric, 3), (&site.hosts[0], 2), (&site.hosts[1], 2)].iter().all(|(namespace, ports)| {
+                let links = namespace.bridge("link show");
+                let links = links.as_array().unwrap();
+                links.iter().filter(|link| link["state"] == "forwarding").count() == *ports
+            })
         });
         site
     }
 
     fn fabric_knows(&self) -> Vec<String> {
-        self.fabric
-            .learned(GUEST)
-            .into_iter()
-            .map(|(port, _)| port)
-            .collect()
+        self.fabric.learned(GUEST).into_iter().map(|(port, _)| port).collect()
     }
 }
 
@@ -88,20 +64,14 @@ fn traffic_moves(vlan: Option<u16>) {
     let [source, target] = &mut site.guests;
     source.send(&frame([0xff; 6], GUEST, b"I am at the source"));
     assert!(site.client.receives(b"I am at the source", DEADLINE));
-    assert_eq!(
-        site.fabric.learned(GUEST),
-        [("pa".to_owned(), vlan.map(u64::from))]
-    );
+    assert_eq!(site.fabric.learned(GUEST), [("pa".to_owned(), vlan.map(u64::from))]);
 
     site.client.send(&frame(GUEST, CLIENT, b"before"));
     assert!(source.receives(b"before", DEADLINE));
     assert!(!target.receives(b"before", Duration::from_millis(50)));
 
     let took = site.hosts[1].run(|vswitch| async move {
-        let announcement = vswitch
-            .prepare_announcement("hf-lan", TAP, GUEST)
-            .await
-            .unwrap();
+        let announcement = vswitch.prepare_announcement("hf-lan", TAP, GUEST).await.unwrap();
         let started = Instant::now();
         announcement.send().await.unwrap();
         started.elapsed()
@@ -109,23 +79,12 @@ fn traffic_moves(vlan: Option<u16>) {
     println!("announced within {took:?}");
     // Sent at once, with no waiting in between: the announcement has already arrived.
     site.client.send(&frame(GUEST, CLIENT, b"after"));
-    assert!(
-        site.guests[1].receives(b"after", DEADLINE),
-        "waits in the target's queue"
-    );
+    assert!(site.guests[1].receives(b"after", DEADLINE), "waits in the target's queue");
     assert!(!site.guests[0].receives(b"after", Duration::from_millis(50)));
     assert_eq!(site.fabric_knows(), ["pb"]);
     let here = site.hosts[1].learned(GUEST);
-    assert!(
-        !here.is_empty() && here.iter().all(|(port, _)| port == TAP),
-        "{here:?}"
-    );
-    assert!(
-        site.hosts[0]
-            .learned(GUEST)
-            .iter()
-            .all(|(port, _)| port == "eth1")
-    );
+    assert!(!here.is_empty() && here.iter().all(|(port, _)| port == TAP), "{here:?}");
+    assert!(site.hosts[0].learned(GUEST).iter().all(|(port, _)| port == "eth1"));
 
     // The migration failed after all: the target forgets, the source announces.
     site.hosts[1].run(|vswitch| async move {
@@ -159,10 +118,7 @@ fn traffic_in_a_vlan_moves_with_the_announcement() {
 fn an_announcement_takes_less_than_a_millisecond() {
     let site = Site::new(None);
     let (mut sends, mut alls) = site.hosts[1].run(|vswitch| async move {
-        let announcement = vswitch
-            .prepare_announcement("hf-lan", TAP, GUEST)
-            .await
-            .unwrap();
+        let announcement = vswitch.prepare_announcement("hf-lan", TAP, GUEST).await.unwrap();
         let (mut sends, mut alls) = (Vec::new(), Vec::new());
         for _ in 0..101 {
             let started = Instant::now();
@@ -177,10 +133,7 @@ fn an_announcement_takes_less_than_a_millisecond() {
     sends.sort();
     alls.sort();
     println!("send: median {:?}, longest {:?}", sends[50], sends[100]);
-    println!(
-        "prepare and send: median {:?}, longest {:?}",
-        alls[50], alls[100]
-    );
+    println!("prepare and send: median {:?}, longest {:?}", alls[50], alls[100]);
     // The machine may be busy with other things, so the best of many is what is held to it.
     assert!(sends[0] < Duration::from_millis(1), "{:?}", sends[0]);
 }
@@ -189,10 +142,7 @@ fn an_announcement_takes_less_than_a_millisecond() {
 fn an_announcement_into_nowhere_is_refused() {
     let host = Namespace::new();
     host.run(|vswitch| async move {
-        let private = holdfast_vswitch::Switch {
-            name: "lan".into(),
-            kind: SwitchKind::Private,
-        };
+        let private = holdfast_vswitch::Switch { name: "lan".into(), kind: SwitchKind::Private };
         let announce = async || vswitch.announce("hf-lan", TAP, GUEST).await;
         assert!(matches!(announce().await, Err(Error::NoBridge { .. })));
         vswitch.ensure_switch(&private).await.unwrap();
@@ -204,7 +154,5 @@ fn an_announcement_into_nowhere_is_refused() {
         let _guest = holdfast_vswitch::attach_tap(TAP).unwrap();
         announce().await.unwrap();
     });
-    eventually("the guest is gone, and its entries with it", || {
-        host.learned(GUEST).is_empty()
-    });
+    eventually("the guest is gone, and its entries with it", || host.learned(GUEST).is_empty());
 }

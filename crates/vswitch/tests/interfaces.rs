@@ -19,38 +19,17 @@ fn only_what_leads_out_is_listed() {
     host.ip("link set cont0 master docker0");
     fabric.ip("link set p1 down");
     host.run(|vswitch| async move {
-        vswitch
-            .ensure_switch(&external("lan", "eth1"))
-            .await
-            .unwrap();
-        vswitch
-            .ensure_tap(&tap("hft-x", "hf-lan", None))
-            .await
-            .unwrap();
+        vswitch.ensure_switch(&external("lan", "eth1")).await.unwrap();
+        vswitch.ensure_tap(&tap("hft-x", "hf-lan", None)).await.unwrap();
         let interfaces = vswitch.interfaces().await.unwrap();
-        let names: Vec<_> = interfaces
-            .iter()
-            .map(|interface| interface.name.as_str())
-            .collect();
+        let names: Vec<_> = interfaces.iter().map(|interface| interface.name.as_str()).collect();
         assert_eq!(names, ["docker0", "eth0", "eth1"]);
-        let [bridge, eth0, eth1] = &interfaces[..] else {
-            unreachable!("three names")
-        };
+        let [bridge, eth0, eth1] = &interfaces[..] else { unreachable!("three names") };
         assert_eq!(bridge.kind, InterfaceKind::Bridge);
-        assert_eq!(
-            eth0.addresses,
-            [
-                ("192.0.2.7".parse().unwrap(), 24),
-                ("2001:db8::7".parse().unwrap(), 64)
-            ]
-        );
+        assert_eq!(eth0.addresses, [("192.0.2.7".parse().unwrap(), 24), ("2001:db8::7".parse().unwrap(), 64)]);
         assert_eq!((eth0.mtu, eth0.up, eth0.carrier), (1400, true, true));
         assert_eq!(eth0.kind, InterfaceKind::Veth);
-        assert_eq!(
-            eth0.speed_mbps,
-            Some(10_000),
-            "what the kernel says of every veth"
-        );
+        assert_eq!(eth0.speed_mbps, Some(10_000), "what the kernel says of every veth");
         assert!(eth0.mac.is_some() && eth0.master.is_none());
         assert_eq!(eth1.master.as_deref(), Some("hf-lan"));
         assert!(eth1.up && !eth1.carrier);
@@ -65,10 +44,7 @@ fn changes_are_told_and_put_together() {
     host.run(|vswitch| async move {
         let mut changes = vswitch.watch().unwrap();
         host.ip("addr add 192.0.2.7/24 dev eth0");
-        timeout(DEADLINE, changes.recv())
-            .await
-            .expect("an address is news")
-            .unwrap();
+        timeout(DEADLINE, changes.recv()).await.expect("an address is news").unwrap();
 
         // Thirty more while nobody reads (this runtime has one thread) are one or two pieces of
         // news, and the last change is always followed by one.
@@ -77,10 +53,7 @@ fn changes_are_told_and_put_together() {
             host.ip(&format!("addr add 192.0.2.{host_part}/24 dev eth0"));
         }
         loop {
-            timeout(DEADLINE, changes.recv())
-                .await
-                .expect("addresses are news")
-                .unwrap();
+            timeout(DEADLINE, changes.recv()).await.expect("addresses are news").unwrap();
             pieces += 1;
             let interfaces = vswitch.interfaces().await.unwrap();
             if interfaces[0].addresses.len() == 31 && changes.is_empty() {
@@ -90,9 +63,6 @@ fn changes_are_told_and_put_together() {
         assert!(pieces <= 3, "{pieces} pieces of news");
 
         fabric.ip("link set p0 down");
-        timeout(DEADLINE, changes.recv())
-            .await
-            .expect("a pulled cable is news")
-            .unwrap();
+        timeout(DEADLINE, changes.recv()).await.expect("a pulled cable is news").unwrap();
     });
 }

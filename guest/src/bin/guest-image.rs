@@ -12,21 +12,15 @@ use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 
 /// The stages in which PID 1 loads modules, with what each needs. Dependencies are added.
-const STAGES: [(&str, &[&str]); 3] = [
-    ("net", &["virtio_pci", "virtio_net"]),
-    ("disk", &["virtio_blk"]),
-    ("power", &["button", "evdev"]),
-];
+const STAGES: [(&str, &[&str]); 3] =
+    [("net", &["virtio_pci", "virtio_net"]), ("disk", &["virtio_blk"]), ("power", &["button", "evdev"])];
 /// No Debian kernel is near this; a damaged length must not make us ask for more memory.
 const MAX_KERNEL_BYTES: usize = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
 enum PackError {
     #[error("{path}: {source}")]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     #[error("the kernel package has no module {0}, and it is not built in either")]
     NoModule(String),
     #[error("{tool} failed or is not installed: install it, then build again")]
@@ -49,26 +43,18 @@ fn main() -> ExitCode {
         }
     }
     // The unpacked kernel only boots faster: without it the guest is whole.
-    if let Err(error) =
-        read(vmlinuz).and_then(|image| write(&out.join("vmlinux"), &unpack_kernel(&image)?))
-    {
+    if let Err(error) = read(vmlinuz).and_then(|image| write(&out.join("vmlinux"), &unpack_kernel(&image)?)) {
         eprintln!("guest-image: no vmlinux: {error}");
     }
     ExitCode::SUCCESS
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, PackError> {
-    fs::read(path).map_err(|source| PackError::Io {
-        path: path.to_owned(),
-        source,
-    })
+    fs::read(path).map_err(|source| PackError::Io { path: path.to_owned(), source })
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), PackError> {
-    fs::write(path, bytes).map_err(|source| PackError::Io {
-        path: path.to_owned(),
-        source,
-    })
+    fs::write(path, bytes).map_err(|source| PackError::Io { path: path.to_owned(), source })
 }
 
 /// The initramfs: directories, the console's device node, the init, and the modules of each stage
@@ -76,10 +62,8 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), PackError> {
 fn pack(modules: &Path, init: &Path) -> Result<Vec<u8>, PackError> {
     let files = module_files(modules)?;
     let builtin = read(&modules.join("modules.builtin")).unwrap_or_default();
-    let builtin: BTreeSet<String> = String::from_utf8_lossy(&builtin)
-        .lines()
-        .map(|line| module_name(Path::new(line)))
-        .collect();
+    let builtin: BTreeSet<String> =
+        String::from_utf8_lossy(&builtin).lines().map(|line| module_name(Path::new(line))).collect();
     let mut archive = Archive::default();
     for directory in ["dev", "proc", "sys", "modules"] {
         archive.directory(directory);
@@ -94,11 +78,7 @@ fn pack(modules: &Path, init: &Path) -> Result<Vec<u8>, PackError> {
             collect(name, &files, &mut packed, &mut ordered)?;
         }
         for (index, (name, content)) in ordered.iter().enumerate() {
-            archive.file(
-                &format!("modules/{stage}/{index:02}-{name}.ko"),
-                0o644,
-                content,
-            );
+            archive.file(&format!("modules/{stage}/{index:02}-{name}.ko"), 0o644, content);
         }
     }
     Ok(archive.finish())
@@ -114,9 +94,7 @@ fn collect(
     if !packed.insert(name.to_owned()) {
         return Ok(());
     }
-    let path = files
-        .get(name)
-        .ok_or_else(|| PackError::NoModule(name.to_owned()))?;
+    let path = files.get(name).ok_or_else(|| PackError::NoModule(name.to_owned()))?;
     let content = match path.extension().and_then(|extension| extension.to_str()) {
         Some("xz") => decompress("xz", &read(path)?)?,
         Some("zst") => decompress("zstd", &read(path)?)?,
@@ -151,26 +129,16 @@ fn dependencies(module: &[u8]) -> Vec<String> {
     let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else {
         return Vec::new();
     };
-    let list: Vec<u8> = module[at + KEY.len()..]
-        .iter()
-        .copied()
-        .take_while(|byte| *byte != 0)
-        .collect();
+    let list: Vec<u8> = module[at + KEY.len()..].iter().copied().take_while(|byte| *byte != 0).collect();
     let list = String::from_utf8_lossy(&list).replace('-', "_");
-    list.split(',')
-        .filter(|name| !name.is_empty())
-        .map(str::to_owned)
-        .collect()
+    list.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
 fn module_files(root: &Path) -> Result<BTreeMap<String, PathBuf>, PackError> {
     let mut files = BTreeMap::new();
     let mut directories = vec![root.join("kernel")];
     while let Some(directory) = directories.pop() {
-        let failed = |source| PackError::Io {
-            path: directory.clone(),
-            source,
-        };
+        let failed = |source| PackError::Io { path: directory.clone(), source };
         for entry in fs::read_dir(&directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let path = entry.path();
@@ -187,10 +155,7 @@ fn module_files(root: &Path) -> Result<BTreeMap<String, PathBuf>, PackError> {
 /// `virtio-rng.ko.xz` is the file of the module `virtio_rng`.
 fn module_name(path: &Path) -> String {
     let file = path.file_name().unwrap_or_default().to_string_lossy();
-    file.split(".ko")
-        .next()
-        .unwrap_or_default()
-        .replace('-', "_")
+    file.split(".ko").next().unwrap_or_default().replace('-', "_")
 }
 
 fn decompress(tool: &'static str, input: &[u8]) -> Result<Vec<u8>, PackError> {
@@ -212,21 +177,13 @@ fn decompress(tool: &'static str, input: &[u8]) -> Result<Vec<u8>, PackError> {
     })
     .map_err(failed)?;
     child.wait().map_err(failed)?;
-    if output.is_empty() {
-        Err(PackError::Tool { tool })
-    } else {
-        Ok(output)
-    }
+    if output.is_empty() { Err(PackError::Tool { tool }) } else { Ok(output) }
 }
 
 /// Takes the ELF kernel out of a bzImage. Offsets: Linux, Documentation/arch/x86/boot.rst.
 fn unpack_kernel(image: &[u8]) -> Result<Vec<u8>, PackError> {
     let word = |at: usize| {
-        image
-            .get(at..at + 4)
-            .and_then(|bytes| bytes.try_into().ok())
-            .map(u32::from_le_bytes)
-            .map(|word| word as usize)
+        image.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes).map(|word| word as usize)
     };
     let short = PackError::Kernel("it is too short");
     let (Some(magic), Some(offset), Some(length)) = (word(0x202), word(0x248), word(0x24c)) else {
@@ -240,10 +197,7 @@ fn unpack_kernel(image: &[u8]) -> Result<Vec<u8>, PackError> {
         sectors => usize::from(sectors),
     };
     let start = (sectors + 1) * 512 + offset;
-    let payload = start
-        .checked_add(length)
-        .and_then(|end| image.get(start..end))
-        .ok_or(short)?;
+    let payload = start.checked_add(length).and_then(|end| image.get(start..end)).ok_or(short)?;
     let kernel = match payload {
         [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => unpack_lz4(blocks)?,
         [0xfd, b'7', b'z', b'X', b'Z', ..] => decompress("xz", payload)?,
@@ -251,11 +205,7 @@ fn unpack_kernel(image: &[u8]) -> Result<Vec<u8>, PackError> {
         [0x1f, 0x8b, ..] => decompress("gzip", payload)?,
         _ => return Err(PackError::Kernel("its compression is not known")),
     };
-    if kernel.starts_with(b"\x7fELF") {
-        Ok(kernel)
-    } else {
-        Err(PackError::Kernel("no ELF file came out"))
-    }
+    if kernel.starts_with(b"\x7fELF") { Ok(kernel) } else { Err(PackError::Kernel("no ELF file came out")) }
 }
 
 /// LZ4's legacy frame: blocks, each behind its compressed length. Source of both formats: lz4,
@@ -267,11 +217,8 @@ fn unpack_lz4(mut rest: &[u8]) -> Result<Vec<u8>, PackError> {
         && !behind.is_empty()
     {
         let length = u32::from_le_bytes(*length) as usize;
-        let (block, behind) = behind
-            .split_at_checked(length)
-            .ok_or(PackError::Kernel("its LZ4 stream is cut off"))?;
-        unpack_lz4_block(block, &mut output)
-            .ok_or(PackError::Kernel("its LZ4 stream is damaged"))?;
+        let (block, behind) = behind.split_at_checked(length).ok_or(PackError::Kernel("its LZ4 stream is cut off"))?;
+        unpack_lz4_block(block, &mut output).ok_or(PackError::Kernel("its LZ4 stream is damaged"))?;
         rest = behind;
     }
     Ok(output)
@@ -303,9 +250,7 @@ fn unpack_lz4_block(mut block: &[u8], output: &mut Vec<u8>) -> Option<()> {
         let (distance, rest) = block.split_first_chunk::<2>()?;
         block = rest;
         let matched = length(token & 15, &mut block)? + 4;
-        let start = output
-            .len()
-            .checked_sub(usize::from(u16::from_le_bytes(*distance)))?;
+        let start = output.len().checked_sub(usize::from(u16::from_le_bytes(*distance)))?;
         if start == output.len() || output.len() + matched > MAX_KERNEL_BYTES {
             return None;
         }
@@ -348,9 +293,7 @@ impl Archive {
         let (size, name_size) = (content.len() as u32, name.len() as u32 + 1);
         // inode, mode, uid, gid, links, mtime (0: the same input gives the same archive), size,
         // device, special device, name size, checksum (unused).
-        for field in [
-            self.inode, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0,
-        ] {
+        for field in [self.inode, mode, 0, 0, 1, 0, size, 0, 0, major, minor, name_size, 0] {
             // Writing to a String cannot fail.
             let _ = write!(header, "{field:08x}");
         }
@@ -375,17 +318,11 @@ mod tests {
     fn lz4_literals_overlaps_and_long_lengths_unpack() {
         let mut output = Vec::new();
         // "ab", then 5 bytes from 2 back, then "z".
-        assert_eq!(
-            unpack_lz4_block(b"\x21ab\x02\0\x10z", &mut output),
-            Some(())
-        );
+        assert_eq!(unpack_lz4_block(b"\x21ab\x02\0\x10z", &mut output), Some(()));
         assert_eq!(output, b"abababaz");
         // One literal, a match of 15 + 255 + 1 + 4 bytes from 1 back, one literal.
         let mut output = Vec::new();
-        assert_eq!(
-            unpack_lz4_block(b"\x1fx\x01\0\xff\x01\x10y", &mut output),
-            Some(())
-        );
+        assert_eq!(unpack_lz4_block(b"\x1fx\x01\0\xff\x01\x10y", &mut output), Some(()));
         assert_eq!((output.len(), output[275], output[276]), (277, b'x', b'y'));
     }
 
@@ -400,29 +337,15 @@ mod tests {
 
     #[test]
     fn dependencies_come_from_modinfo() {
-        assert_eq!(
-            dependencies(b"\0license=GPL\0depends=virtio,virtio-ring\0x"),
-            ["virtio", "virtio_ring"]
-        );
+        assert_eq!(dependencies(b"\0license=GPL\0depends=virtio,virtio-ring\0x"), ["virtio", "virtio_ring"]);
         assert_eq!(dependencies(b"\0depends=\0"), Vec::<String>::new());
-        assert_eq!(
-            module_name(Path::new("kernel/a/virtio-rng.ko.xz")),
-            "virtio_rng"
-        );
+        assert_eq!(module_name(Path::new("kernel/a/virtio-rng.ko.xz")), "virtio_rng");
     }
 
     #[test]
     fn signatures_are_cut_off() {
-        let signed = |length: &[u8]| {
-            [
-                b"ELFcode",
-                &b"signature"[..],
-                &[0; 8],
-                length,
-                b"~Module signature appended~\n",
-            ]
-            .concat()
-        };
+        let signed =
+            |length: &[u8]| [b"ELFcode", &b"signature"[..], &[0; 8], length, b"~Module signature appended~\n"].concat();
         assert_eq!(unsigned(signed(&[0, 0, 0, 9])), b"ELFcode");
         let damaged = signed(&[0xff; 4]);
         assert_eq!(unsigned(damaged.clone()), damaged);

@@ -45,6 +45,8 @@ use peers::{CallError, Peers};
 
 /// How long a request may look for a coordinator and wait for its answer.
 const EXECUTE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a request waits for what was agreed on before it.
+const CATCH_UP: Duration = Duration::from_secs(1);
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(3);
 /// The protocol of a console's byte stream.
@@ -217,6 +219,22 @@ impl Agent {
             CallError::Refused { .. } => Err(Attempt::NotSent),
             CallError::Unreachable(_) | CallError::Deadline => Err(Attempt::Unknown),
         })
+    }
+
+    /// Waits until this node has applied all that was agreed on before now, so that
+    /// whoever was answered by another node finds here what it made there. Goes
+    /// without when no majority can be asked: what follows will say so itself.
+    pub async fn catch_up(&self) {
+        let Some(member) = self.0.member.get() else { return };
+        let caught_up = async {
+            if let Ok(index) = member.consensus.barrier().await {
+                member.consensus.wait_applied(index, CATCH_UP).await;
+            }
+            // The state that requests see follows in a task of its own.
+            let revision = member.consensus.state().borrow().revision;
+            self.applied(revision, Instant::now() + CATCH_UP).await;
+        };
+        let _ = tokio::time::timeout(CATCH_UP, caught_up).await;
     }
 
     /// Waits until this node has applied a revision, so that whoever was just

@@ -18,7 +18,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
 use axum::routing::get;
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
@@ -87,17 +89,27 @@ pub fn openapi() -> serde_json::Result<String> {
 /// Every request must carry a [`Peer`] among its extensions.
 fn router(agent: Agent, node_routes: Router, stop: CancellationToken) -> Router {
     let changes = agent.changes();
+    let catching_up = agent.clone();
     let (routes, document) = api().split_for_parts();
     routes
         .route("/api/v1/openapi.json", get(move || std::future::ready(axum::Json(document.clone()))))
         .with_state(Served { agent, stop })
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
+        .layer(axum::middleware::from_fn_with_state(catching_up, catch_up))
         .merge(node_routes)
         .fallback(|| async { ApiError::new("not_found", "there is no such path: see /api/v1/openapi.json") })
         .method_not_allowed_fallback(|| async {
             ApiError::new("method_not_allowed", "this path does not know this method: see /api/v1/openapi.json")
         })
         .layer(axum::middleware::from_fn_with_state(changes, gate::gate))
+}
+
+/// A write names things that may have been made through another node a moment ago.
+async fn catch_up(State(agent): State<Agent>, request: Request, next: Next) -> Response {
+    if !request.method().is_safe() {
+        agent.catch_up().await;
+    }
+    next.run(request).await
 }
 
 /// Answers on a unix socket: mode 0660, owned by `group` where the host has it.

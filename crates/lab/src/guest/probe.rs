@@ -76,12 +76,8 @@ impl Prober {
         let sender = (Arc::clone(&socket), Arc::clone(&probe));
         let receiver = (socket, Arc::clone(&probe));
         let threads = vec![
-            thread::Builder::new()
-                .name("ping".into())
-                .spawn(move || send_pings(&sender.0, &sender.1, interval))?,
-            thread::Builder::new()
-                .name("pong".into())
-                .spawn(move || receive_pongs(&receiver.0, &receiver.1))?,
+            thread::Builder::new().name("ping".into()).spawn(move || send_pings(&sender.0, &sender.1, interval))?,
+            thread::Builder::new().name("pong".into()).spawn(move || receive_pongs(&receiver.0, &receiver.1))?,
         ];
         Ok(Self { probe, threads })
     }
@@ -103,17 +99,8 @@ impl Prober {
                 seen += 1;
             }
             let left = until.saturating_duration_since(Instant::now());
-            ensure!(
-                !left.is_zero(),
-                "no such answer of the guest within {} ms",
-                deadline.as_millis()
-            );
-            samples = self
-                .probe
-                .arrived
-                .wait_timeout(samples, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            ensure!(!left.is_zero(), "no such answer of the guest within {} ms", deadline.as_millis());
+            samples = self.probe.arrived.wait_timeout(samples, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -121,10 +108,7 @@ impl Prober {
     pub fn stop(mut self) -> ProbeReport {
         self.end();
         let mut samples = self.probe.lock();
-        ProbeReport {
-            samples: std::mem::take(&mut *samples),
-            ended: Instant::now(),
-        }
+        ProbeReport { samples: std::mem::take(&mut *samples), ended: Instant::now() }
     }
 
     fn end(&mut self) {
@@ -136,12 +120,7 @@ impl Prober {
             if left.is_zero() {
                 break;
             }
-            samples = self
-                .probe
-                .arrived
-                .wait_timeout(samples, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            samples = self.probe.arrived.wait_timeout(samples, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(samples);
         self.probe.stop_receiving.store(true, Ordering::Relaxed);
@@ -168,21 +147,11 @@ fn send_pings(socket: &UdpSocket, probe: &Probe, interval: Duration) {
             if samples.all.len() >= MAX_SAMPLES {
                 return;
             }
-            samples.all.push(Sample {
-                sent: Instant::now(),
-                answered: None,
-                boot_id: 0,
-            });
+            samples.all.push(Sample { sent: Instant::now(), answered: None, boot_id: 0 });
             samples.all.len() as u64 - 1
         };
         // A ping that cannot leave is a ping without an answer.
-        let _ = socket.send(
-            &Request {
-                kind: Kind::Ping,
-                sequence,
-            }
-            .encode(),
-        );
+        let _ = socket.send(&Request { kind: Kind::Ping, sequence }.encode());
         next = (next + interval).max(Instant::now());
         thread::sleep(next.saturating_duration_since(Instant::now()));
     }
@@ -257,10 +226,7 @@ impl ProbeReport {
     pub fn longest_gap_between(&self, from: Instant, to: Instant) -> Option<Gap> {
         let within = self.arrival_times().filter(|at| (from..to).contains(at));
         let mut last = from;
-        let mut longest = Gap {
-            from,
-            length: Duration::ZERO,
-        };
+        let mut longest = Gap { from, length: Duration::ZERO };
         for at in within.chain([to.min(self.ended)]) {
             let length = at.saturating_duration_since(last);
             if length > longest.length {
@@ -273,19 +239,11 @@ impl ProbeReport {
 
     /// When the first answer arrived to a ping that was sent at `instant` or later.
     pub fn first_answer_after(&self, instant: Instant) -> Option<Instant> {
-        self.samples
-            .all
-            .iter()
-            .filter(|sample| sample.sent >= instant)
-            .filter_map(|sample| sample.answered)
-            .min()
+        self.samples.all.iter().filter(|sample| sample.sent >= instant).filter_map(|sample| sample.answered).min()
     }
 
     fn arrival_times(&self) -> impl Iterator<Item = Instant> {
-        self.samples
-            .arrivals
-            .iter()
-            .filter_map(|index| self.samples.all[*index as usize].answered)
+        self.samples.arrivals.iter().filter_map(|index| self.samples.all[*index as usize].answered)
     }
 
     fn last_sent(&self) -> Option<Instant> {

@@ -35,34 +35,20 @@ impl TcpSession {
     ///
     /// # Errors
     /// When the guest cannot be reached within `patience`.
-    pub fn start(
-        netns: Option<&str>,
-        address: SocketAddrV4,
-        interval: Duration,
-        patience: Duration,
-    ) -> Result<Self> {
+    pub fn start(netns: Option<&str>, address: SocketAddrV4, interval: Duration, patience: Duration) -> Result<Self> {
         let stream = tcp_stream(netns, address, patience)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(patience))?;
         stream.set_write_timeout(Some(patience))?;
-        let (stop, answered) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicU64::new(0)),
-        );
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count) = (Arc::clone(&stop), Arc::clone(&answered));
-        let thread = thread::Builder::new()
-            .name("tcp-session".into())
-            .spawn(move || {
-                let mut report = TcpReport::default();
-                let result = converse(&stream, &stopped, &count, interval, &mut report);
-                report.failure = result.err().map(|error| format!("{error:#}"));
-                report
-            })?;
-        Ok(Self {
-            stop,
-            answered,
-            thread: Some(thread),
-        })
+        let thread = thread::Builder::new().name("tcp-session".into()).spawn(move || {
+            let mut report = TcpReport::default();
+            let result = converse(&stream, &stopped, &count, interval, &mut report);
+            report.failure = result.err().map(|error| format!("{error:#}"));
+            report
+        })?;
+        Ok(Self { stop, answered, thread: Some(thread) })
     }
 
     /// Pings answered so far.
@@ -81,13 +67,8 @@ impl TcpSession {
     /// When the session's thread broke down.
     pub fn stop(mut self) -> Result<TcpReport> {
         self.stop.store(true, Ordering::Relaxed);
-        let thread = self
-            .thread
-            .take()
-            .context("the session was stopped before")?;
-        thread
-            .join()
-            .map_err(|_| anyhow!("the session's thread panicked"))
+        let thread = self.thread.take().context("the session was stopped before")?;
+        thread.join().map_err(|_| anyhow!("the session's thread panicked"))
     }
 }
 
@@ -110,29 +91,16 @@ fn converse(
     while !stop.load(Ordering::Relaxed) {
         let n = report.answered + 1;
         let sent = Instant::now();
-        stream
-            .write_all(format!("ping {n}\n").as_bytes())
-            .with_context(|| format!("sending ping {n}"))?;
+        stream.write_all(format!("ping {n}\n").as_bytes()).with_context(|| format!("sending ping {n}"))?;
         let mut line = String::new();
-        reader
-            .by_ref()
-            .take(LINE_BYTES)
-            .read_line(&mut line)
-            .with_context(|| format!("waiting for pong {n}"))?;
+        reader.by_ref().take(LINE_BYTES).read_line(&mut line).with_context(|| format!("waiting for pong {n}"))?;
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         ensure!(
             words.first() == Some(&"pong") && words.get(1) == Some(&n.to_string().as_str()),
             "the answer to ping {n} was {line:?}"
         );
-        let boot = words
-            .iter()
-            .find_map(|word| word.strip_prefix("boot_id="))
-            .unwrap_or_default()
-            .to_owned();
-        ensure!(
-            boot_id.get_or_insert_with(|| boot.clone()) == &boot,
-            "pong {n} came from another boot, {boot}"
-        );
+        let boot = words.iter().find_map(|word| word.strip_prefix("boot_id=")).unwrap_or_default().to_owned();
+        ensure!(boot_id.get_or_insert_with(|| boot.clone()) == &boot, "pong {n} came from another boot, {boot}");
         report.longest_round_trip = report.longest_round_trip.max(sent.elapsed());
         report.answered = n;
         answered.store(n, Ordering::Relaxed);

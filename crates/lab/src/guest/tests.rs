@@ -13,16 +13,9 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// A record disk of 1 MiB and the address of a service that writes to it.
 fn serve(boot_id: u64) -> (Scratch, SocketAddrV4) {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
-    let name = format!(
-        "holdfast-guest-{}-{}",
-        std::process::id(),
-        COUNTER.fetch_add(1, Ordering::Relaxed)
-    );
+    let name = format!("holdfast-guest-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
     let image = Scratch(std::env::temp_dir().join(name));
-    fs::File::create(&image.0)
-        .unwrap()
-        .set_len(1 << 20)
-        .unwrap();
+    fs::File::create(&image.0).unwrap().set_len(1 << 20).unwrap();
     let (power, _) = sync_channel(1);
     let (guest, queue) = Guest::new(boot_id, power);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -40,22 +33,10 @@ fn client_writes_what_verification_finds() {
     let (image, address) = serve(7);
     let mut client = GuestClient::connect_to(None, address).unwrap();
     assert_eq!(client.ping(DEADLINE).unwrap().boot_id, 7);
-    assert_eq!(
-        client.write(DEADLINE).unwrap(),
-        Acknowledged {
-            sequence: 1,
-            boot_id: 7
-        }
-    );
+    assert_eq!(client.write(DEADLINE).unwrap(), Acknowledged { sequence: 1, boot_id: 7 });
     assert_eq!(client.status(DEADLINE).unwrap().record, 1);
-    assert_eq!(
-        client.command("write", DEADLINE).unwrap(),
-        "written 2 durable boot_id=0000000000000007"
-    );
-    let error = client
-        .command("dirty 0 1", DEADLINE)
-        .unwrap_err()
-        .to_string();
+    assert_eq!(client.command("write", DEADLINE).unwrap(), "written 2 durable boot_id=0000000000000007");
+    let error = client.command("dirty 0 1", DEADLINE).unwrap_err().to_string();
     assert!(error.contains("refused \"dirty 0 1\": the rate"), "{error}");
 
     let writer = Writer::start(None, address, Duration::ZERO, DEADLINE).unwrap();
@@ -76,10 +57,7 @@ fn client_writes_what_verification_finds() {
 #[test]
 fn qcow2_is_verified_through_a_copy() {
     let (image, address) = serve(9);
-    let write = GuestClient::connect_to(None, address)
-        .unwrap()
-        .write(DEADLINE)
-        .unwrap();
+    let write = GuestClient::connect_to(None, address).unwrap().write(DEADLINE).unwrap();
     let qcow2 = Scratch(image.0.with_extension("qcow2"));
     let converted = Command::new("qemu-img")
         .args(["convert", "-f", "raw", "-O", "qcow2"])
@@ -89,13 +67,8 @@ fn qcow2_is_verified_through_a_copy() {
     assert!(converted.success());
     let report = verify_records(&qcow2.0, ImageFormat::Qcow2).unwrap();
     assert_eq!((report.highest, report.lost(&[write]).len()), (1, 0));
-    assert!(
-        verify_records(&qcow2.0, ImageFormat::Raw).is_err(),
-        "a qcow2 file is no raw record disk"
-    );
-    let error = verify_records(&image.0, ImageFormat::Qcow2)
-        .unwrap_err()
-        .to_string();
+    assert!(verify_records(&qcow2.0, ImageFormat::Raw).is_err(), "a qcow2 file is no raw record disk");
+    let error = verify_records(&image.0, ImageFormat::Qcow2).unwrap_err().to_string();
     assert!(error.contains("qemu-img cannot read"), "{error}");
 }
 
@@ -105,22 +78,13 @@ fn prober_sees_a_silent_time() {
     let prober = Prober::start(None, address, Duration::from_millis(2)).unwrap();
     let first = prober.wait_for(DEADLINE, |_| true).unwrap();
     let later = first.sent + Duration::from_millis(100);
-    prober
-        .wait_for(DEADLINE, |sample| sample.sent > later)
-        .unwrap();
-    assert!(
-        prober
-            .wait_for(Duration::from_millis(1), |sample| sample.boot_id != 11)
-            .is_err()
-    );
+    prober.wait_for(DEADLINE, |sample| sample.sent > later).unwrap();
+    assert!(prober.wait_for(Duration::from_millis(1), |sample| sample.boot_id != 11).is_err());
     let report = prober.stop();
     assert_eq!((report.lost(), report.boots()), (0, vec![11]));
     assert!(report.sent() > 10 && report.samples().len() == report.sent());
     let gap = report.longest_gap().unwrap();
-    assert!(
-        gap.length > Duration::ZERO && gap.length < DEADLINE,
-        "{gap:?}"
-    );
+    assert!(gap.length > Duration::ZERO && gap.length < DEADLINE, "{gap:?}");
     assert!(report.first_answer_after(later).unwrap() > later);
     assert!(report.first_answer_after(Instant::now()).is_none());
 }
@@ -137,19 +101,10 @@ fn prober_counts_pings_that_nobody_answers() {
     }
     let report = prober.stop();
     assert!(report.sent() >= 5);
-    assert_eq!(
-        (report.lost(), report.longest_gap(), report.boots()),
-        (report.sent(), None, vec![])
-    );
+    assert_eq!((report.lost(), report.longest_gap(), report.boots()), (report.sent(), None, vec![]));
     let mut client = GuestClient::connect_to(None, address).unwrap();
-    let error = client
-        .ping(Duration::from_millis(50))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("did not answer Ping within 50 ms"),
-        "{error}"
-    );
+    let error = client.ping(Duration::from_millis(50)).unwrap_err().to_string();
+    assert!(error.contains("did not answer Ping within 50 ms"), "{error}");
 }
 
 #[test]
@@ -161,32 +116,19 @@ fn session_counts_pongs_and_notices_a_cut() {
         thread::yield_now();
     }
     let report = session.stop().unwrap();
-    assert!(
-        report.answered >= 10 && report.failure.is_none(),
-        "{report:?}"
-    );
+    assert!(report.answered >= 10 && report.failure.is_none(), "{report:?}");
 
     // A peer that takes the connection, answers wrongly and hangs up.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port());
     let session = TcpSession::start(None, address, Duration::from_millis(1), DEADLINE).unwrap();
-    listener
-        .accept()
-        .unwrap()
-        .0
-        .write_all(b"pong 2 boot_id=1\n")
-        .unwrap();
+    listener.accept().unwrap().0.write_all(b"pong 2 boot_id=1\n").unwrap();
     let until = Instant::now() + DEADLINE;
     while !session.broken() && Instant::now() < until {
         thread::yield_now();
     }
     let report = session.stop().unwrap();
-    assert!(
-        report
-            .failure
-            .unwrap()
-            .contains("the answer to ping 1 was \"pong 2 boot_id=1\\n\"")
-    );
+    assert!(report.failure.unwrap().contains("the answer to ping 1 was \"pong 2 boot_id=1\\n\""));
 }
 
 #[test]

@@ -29,11 +29,7 @@ pub struct WriterReport {
 impl WriterReport {
     /// The highest acknowledged sequence (0: none).
     pub fn highest(&self) -> u64 {
-        self.acknowledged
-            .iter()
-            .map(|write| write.sequence)
-            .max()
-            .unwrap_or(0)
+        self.acknowledged.iter().map(|write| write.sequence).max().unwrap_or(0)
     }
 }
 
@@ -51,27 +47,15 @@ impl Writer {
     ///
     /// # Errors
     /// When the namespace is not there or has no route to the guest.
-    pub fn start(
-        netns: Option<&str>,
-        address: SocketAddrV4,
-        interval: Duration,
-        patience: Duration,
-    ) -> Result<Self> {
+    pub fn start(netns: Option<&str>, address: SocketAddrV4, interval: Duration, patience: Duration) -> Result<Self> {
         let socket = udp_socket(netns, address)?;
         socket.set_read_timeout(Some(STOP_CHECK))?;
-        let (stop, highest) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicU64::new(0)),
-        );
+        let (stop, highest) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, seen) = (Arc::clone(&stop), Arc::clone(&highest));
         let thread = thread::Builder::new()
             .name("writer".into())
             .spawn(move || write_records(&socket, &stopped, &seen, interval, patience))?;
-        Ok(Self {
-            stop,
-            highest,
-            thread: Some(thread),
-        })
+        Ok(Self { stop, highest, thread: Some(thread) })
     }
 
     /// The highest sequence acknowledged so far (0: none).
@@ -85,13 +69,8 @@ impl Writer {
     /// When the writing thread broke down.
     pub fn stop(mut self) -> Result<WriterReport> {
         self.stop.store(true, Ordering::Relaxed);
-        let thread = self
-            .thread
-            .take()
-            .context("the writer was stopped before")?;
-        thread
-            .join()
-            .map_err(|_| anyhow!("the writer's thread panicked"))
+        let thread = self.thread.take().context("the writer was stopped before")?;
+        thread.join().map_err(|_| anyhow!("the writer's thread panicked"))
     }
 }
 
@@ -114,10 +93,7 @@ fn write_records(
     let mut report = WriterReport::default();
     while !stop.load(Ordering::Relaxed) {
         report.sent += 1;
-        let request = Request {
-            kind: Kind::Write,
-            sequence: report.sent,
-        };
+        let request = Request { kind: Kind::Write, sequence: report.sent };
         let sent = socket.send(&request.encode()).is_ok();
         let until = Instant::now() + patience;
         while Instant::now() < until && !stop.load(Ordering::Relaxed) {

@@ -26,22 +26,15 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 /// A UDP socket in the namespace `namespace`, bound to `address`.
 pub fn socket(namespace: &str, address: Ipv4Addr) -> UdpSocket {
     let bound = SocketAddr::new(IpAddr::V4(address), 7777);
-    in_netns(namespace, || UdpSocket::bind(bound))
-        .expect("namespace")
-        .expect("bind")
+    in_netns(namespace, || UdpSocket::bind(bound)).expect("namespace").expect("bind")
 }
 
 /// Whether a datagram gets from `from` to `to` within `patience`.
 pub fn passes(from: &UdpSocket, to: &UdpSocket, patience: Duration) -> bool {
     static COUNTER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
-    let token = COUNTER
-        .fetch_add(1, std::sync::atomic::Ordering::Relaxed)
-        .to_be_bytes();
+    let token = COUNTER.fetch_add(1, std::sync::atomic::Ordering::Relaxed).to_be_bytes();
     // A link without carrier may refuse at once; that is "does not pass".
-    if from
-        .send_to(&token, to.local_addr().expect("address"))
-        .is_err()
-    {
+    if from.send_to(&token, to.local_addr().expect("address")).is_err() {
         return false;
     }
     let deadline = Instant::now() + patience;
@@ -74,10 +67,7 @@ pub fn remains(tag: &str, directory: &std::path::Path) -> Vec<String> {
                 .collect()
         })
         .unwrap_or_default();
-    for path in [
-        directory.to_owned(),
-        std::path::Path::new("/run/holdfast-lab").join(tag),
-    ] {
+    for path in [directory.to_owned(), std::path::Path::new("/run/holdfast-lab").join(tag)] {
         if path.exists() {
             left.push(path.display().to_string());
         }

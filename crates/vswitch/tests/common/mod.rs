@@ -44,14 +44,12 @@ impl Namespace {
                 .spawn(|| {
                     let namespace = File::open(path).expect("namespace file");
                     setns(namespace, CloneFlags::CLONE_NEWNET).expect("setns, as root");
-                    tokio::runtime::Builder::new_current_thread()
-                        .enable_all()
-                        .build()
-                        .expect("runtime")
-                        .block_on(async {
+                    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(
+                        async {
                             let vswitch = Vswitch::open().expect("netlink");
                             body(vswitch).await
-                        })
+                        },
+                    )
                 })
                 .join()
         });
@@ -74,12 +72,7 @@ impl Namespace {
 
     pub fn has(&self, name: &str) -> bool {
         let arguments = ["-n", &self.name, "link", "show", name];
-        Command::new("ip")
-            .args(arguments)
-            .output()
-            .expect("ip")
-            .status
-            .success()
+        Command::new("ip").args(arguments).output().expect("ip").status.success()
     }
 
     /// Whether bridges here can filter VLANs: kernels may be built without that.
@@ -87,12 +80,7 @@ impl Namespace {
         let words = "link add probe type bridge vlan_filtering 1";
         let mut arguments = vec!["-n", &self.name];
         arguments.extend(words.split(' '));
-        let made = Command::new("ip")
-            .args(arguments)
-            .output()
-            .expect("ip")
-            .status
-            .success();
+        let made = Command::new("ip").args(arguments).output().expect("ip").status.success();
         if made {
             self.ip("link del probe");
         }
@@ -103,8 +91,7 @@ impl Namespace {
         let mut arguments = vec!["-n", &self.name, "-j"];
         arguments.extend(words.split_whitespace());
         let text = run("bridge", &arguments);
-        serde_json::from_str(if text.trim().is_empty() { "[]" } else { &text })
-            .expect("bridge's JSON")
+        serde_json::from_str(if text.trim().is_empty() { "[]" } else { &text }).expect("bridge's JSON")
     }
 
     /// The ports that the bridges of this namespace know `mac` behind, with the VLAN.
@@ -129,13 +116,8 @@ impl Namespace {
         list[0]["vlans"]
             .as_array()
             .map(|vlans| {
-                let untagged = |vlan: &serde_json::Value| {
-                    vlan["flags"].to_string().contains("Egress Untagged")
-                };
-                vlans
-                    .iter()
-                    .map(|vlan| (vlan["vlan"].as_u64().expect("id"), untagged(vlan)))
-                    .collect()
+                let untagged = |vlan: &serde_json::Value| vlan["flags"].to_string().contains("Egress Untagged");
+                vlans.iter().map(|vlan| (vlan["vlan"].as_u64().expect("id"), untagged(vlan))).collect()
             })
             .unwrap_or_default()
     }
@@ -143,9 +125,7 @@ impl Namespace {
     /// A cable: `name` here, `peer` there, both up.
     pub fn cable(&self, name: &str, other: &Namespace, peer: &str) {
         let there = &other.name;
-        self.ip(&format!(
-            "link add {name} type veth peer name {peer} netns {there}"
-        ));
+        self.ip(&format!("link add {name} type veth peer name {peer} netns {there}"));
         self.ip(&format!("link set {name} up"));
         other.ip(&format!("link set {peer} up"));
     }
@@ -159,22 +139,13 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["netns", "del", &self.name])
-            .status();
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
 }
 
 pub fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .expect(program);
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let output = Command::new(program).args(arguments).output().expect(program);
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text")
 }
 
@@ -232,19 +203,9 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 pub fn external(name: &str, uplink: &str) -> Switch {
-    Switch {
-        name: name.into(),
-        kind: SwitchKind::External {
-            uplink: uplink.into(),
-        },
-    }
+    Switch { name: name.into(), kind: SwitchKind::External { uplink: uplink.into() } }
 }
 
 pub fn tap(name: &str, bridge: &str, vlan: Option<u16>) -> Tap {
-    Tap {
-        name: name.into(),
-        bridge: bridge.into(),
-        mtu: None,
-        vlan,
-    }
+    Tap { name: name.into(), bridge: bridge.into(), mtu: None, vlan }
 }
