@@ -63,7 +63,7 @@ fn a_user_s_command_in_the_log() {
         name: "web".into(),
         spec: VmSpec { nics: vec![nic], direct_boot: Some(boot), ..spec(512, Priority::Medium) },
         node: NodeId(1),
-        sources: Sources { images: vec![Some("/tmp/image.qcow2".into())], start: true, ..Sources::default() },
+        sources: Sources { images: vec![Some("/tmp/image.qcow2".into())], start: true },
     };
     let id = RequestId(Uuid::from_u128(78));
     golden("create_vm.json", &Proposal { id, at_ms: NOW, by: "anna".into(), command });

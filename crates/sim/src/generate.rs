@@ -168,12 +168,40 @@ impl Author {
                 self.push(at, stop);
                 self.push(at + span, go);
             }
-            _ => {
-                // Two things at once: the coordinator's node is often the first.
+            _ => self.ambush(at, node),
+        }
+    }
+
+    /// Several things at the moments at which they hurt most.
+    fn ambush(&mut self, at: u64, node: usize) {
+        let (second, third) = (self.node(), self.node());
+        match self.rng.between(0, 2) {
+            0 => {
                 self.push(at, Fault::CrashKeeper(node));
                 let later = at + self.rng.between(0, 600);
-                let other = self.node();
-                self.push(later, Fault::CrashAgent(other));
+                self.push(later, Fault::CrashAgent(second));
+            }
+            // What a keeper said before it died comes when its successor is known.
+            1 => {
+                let late = *self.rng.pick(&[400, 1_500, 3_000]);
+                self.push(at.saturating_sub(300), Fault::Storm(20, 50, late));
+                self.push(at, Fault::CrashKeeper(node));
+                self.push(at + 4_000, Fault::Storm(0, 0, 0));
+            }
+            // An agent slept while a keeper was replaced, and wakes when the
+            // coordinator is gone.
+            _ => {
+                self.push(at, Fault::FreezeAgent(second));
+                self.push(at + 100, Fault::CrashKeeper(node));
+                let gone = at + self.rng.between(600, 1_200);
+                self.push(gone, Fault::Lose(third));
+                let wakes = gone + self.rng.between(100, 500);
+                self.push(wakes, Fault::ThawAgent(second));
+                self.push(wakes + 4_000, Fault::Return(third));
+                if self.rng.permille(500) {
+                    // It hears the keeper and is not heard by it.
+                    self.cut(at, wakes + 4_000 - at, second, node, Traffic::Heartbeats);
+                }
             }
         }
     }

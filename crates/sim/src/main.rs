@@ -12,6 +12,7 @@ const USAGE: &str = "usage:
   sim --seeds N           many, from --start S (0); a failing one is shrunk and told
   sim --mutants           breaks each rule on purpose and says which seed caught it
       --budget N          ... within so many seeds each (2000)
+      --only TEXT         ... only those with this in their name
   sim --scenario FILE     plays a scenario file
 options:
       --threads N         as many as there are processors
@@ -24,6 +25,7 @@ struct Arguments {
     start: u64,
     mutants: bool,
     budget: u64,
+    only: String,
     scenario: Option<String>,
     threads: Option<u64>,
     json: Option<String>,
@@ -40,6 +42,7 @@ fn arguments() -> Result<Arguments, String> {
             "--seeds" => arguments.seeds = Some(number(value()?)?),
             "--start" => arguments.start = number(value()?)?,
             "--budget" => arguments.budget = number(value()?)?,
+            "--only" => arguments.only = value()?,
             "--threads" => arguments.threads = Some(number(value()?)?.max(1)),
             "--mutants" => arguments.mutants = true,
             "--scenario" => arguments.scenario = Some(value()?),
@@ -71,7 +74,7 @@ fn act(arguments: &Arguments) -> Result<bool, String> {
     } else if let Some(seed) = arguments.seed {
         one(seed)
     } else if arguments.mutants {
-        mutants(arguments.budget)
+        mutants(arguments.budget, &arguments.only)
     } else if let Some(seeds) = arguments.seeds {
         many(arguments.start, seeds, arguments.threads)
     } else {
@@ -141,10 +144,11 @@ fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Valu
     (all.violations == 0, figures)
 }
 
-fn mutants(budget: u64) -> (bool, serde_json::Value) {
+fn mutants(budget: u64, only: &str) -> (bool, serde_json::Value) {
     let mut rows = Vec::new();
     let mut caught = 0;
-    for mutation in Mutation::ALL {
+    let named: Vec<_> = Mutation::ALL.into_iter().filter(|mutation| mutation.to_string().contains(only)).collect();
+    for mutation in named.iter().copied() {
         let found = catch(mutation, budget);
         caught += u64::from(found.is_some());
         match &found {
@@ -154,7 +158,7 @@ fn mutants(budget: u64) -> (bool, serde_json::Value) {
         let (seed, rule) = (found.as_ref().map(|by| by.seed), found.as_ref().map(|by| by.violation.rule));
         rows.push(json!({ "mutation": mutation.to_string(), "seed": seed, "rule": rule }));
     }
-    let all = Mutation::ALL.len() as u64;
+    let all = named.len() as u64;
     println!("{caught} of {all} caught");
     (caught == all, json!({ "mutants": all, "mutants_caught": caught, "budget": budget, "caught": rows }))
 }

@@ -30,18 +30,13 @@ pub enum Mutation {
     VoteAtOnce,
     /// Heartbeats of an earlier life of a keeper count: no challenge.
     HearEarlierLives,
-    /// What was heard before it took over counts for a new coordinator.
-    KeepLivesOverTakeover,
     /// The keeper lets VMs run on when its lease ends.
     OutliveTheLease,
-    /// An agent that restarts speaks and moves guests before it knows what was
-    /// agreed on meanwhile.
-    ActBeforeCaughtUp,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 15] = [
+    pub const ALL: [Mutation; 13] = [
         Mutation::DropMargin,
         Mutation::LeaseFromReceipt,
         Mutation::SkipWait,
@@ -54,9 +49,7 @@ impl Mutation {
         Mutation::GrantWithoutAuthority,
         Mutation::VoteAtOnce,
         Mutation::HearEarlierLives,
-        Mutation::KeepLivesOverTakeover,
         Mutation::OutliveTheLease,
-        Mutation::ActBeforeCaughtUp,
     ];
 }
 
@@ -75,9 +68,7 @@ impl fmt::Display for Mutation {
             Mutation::GrantWithoutAuthority => "grant without authority",
             Mutation::VoteAtOnce => "vote without holding still",
             Mutation::HearEarlierLives => "hear earlier lives of a keeper",
-            Mutation::KeepLivesOverTakeover => "keep lives over a take-over",
             Mutation::OutliveTheLease => "let VMs outlive the lease",
-            Mutation::ActBeforeCaughtUp => "let a restarted agent act before it caught up",
         })
     }
 }

@@ -203,7 +203,9 @@ impl Raft {
             leading.next_beat = now.plus_ms(self.timing.heartbeat_ms);
             return self.broadcast(now);
         }
-        let silent = self.heard.is_none_or(|at| now > at.plus_ms(self.timing.hold_ms));
+        // Without holding still there is nothing to wait for either.
+        let patience = if self.vote_at_once { 2 * self.timing.heartbeat_ms } else { self.timing.hold_ms };
+        let silent = self.heard.is_none_or(|at| now > at.plus_ms(patience));
         if self.me >= self.voters || !silent || now < self.campaign || now < self.held_until {
             return Vec::new();
         }

@@ -243,13 +243,11 @@ impl World {
 
     pub(super) fn begin_coordinating(&mut self, host: usize) {
         let now = self.boot(host);
-        if !self.mutated(Mutation::KeepLivesOverTakeover) {
-            // Whoever is heard from here on is alive now.
-            for node in 0..self.setting.nodes {
-                let challenge = self.rng.next();
-                let fresh = &mut self.hosts[host].agent.fresh[node];
-                (fresh.life, fresh.challenge, fresh.newest) = (None, challenge, 0);
-            }
+        // Whoever is heard from here on is alive now.
+        for node in 0..self.setting.nodes {
+            let challenge = self.rng.next();
+            let fresh = &mut self.hosts[host].agent.fresh[node];
+            (fresh.life, fresh.challenge, fresh.newest) = (None, challenge, 0);
         }
         let term = self.hosts[host].agent.raft.term;
         let state = self.hosts[host].agent.state.clone();

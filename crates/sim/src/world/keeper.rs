@@ -128,7 +128,7 @@ impl World {
             self.log(|| format!("  n{} holds its lease (term {term})", host + 1));
         }
         let keeper = &self.hosts[host].keeper;
-        if let (Some(_), Some(ends)) = (keeper.open, keeper.lease.ends()) {
+        if let (Some(_), Some(ends)) = (keeper.open.filter(|_| held), keeper.lease.ends()) {
             let life = keeper.life;
             let at = self.hosts[host].clock.when(ends, self.now);
             self.at(at, Event::KeeperAlarm(host, life));

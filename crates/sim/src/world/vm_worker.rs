@@ -34,7 +34,7 @@ impl World {
             }
             self.disk_work(host, vm, me, &mut report);
         }
-        if self.hosts[host].agent.caught_up || self.mutated(Mutation::ActBeforeCaughtUp) {
+        if self.hosts[host].agent.caught_up {
             self.report(host, report);
         }
     }
@@ -177,7 +177,7 @@ impl World {
                 _ => Run::Running,
             });
         }
-        if !self.hosts[host].agent.caught_up && !self.mutated(Mutation::ActBeforeCaughtUp) {
+        if !self.hosts[host].agent.caught_up {
             return Some(Run::Running);
         }
         let leaving = qemu.leaving.filter(|leaving| leaving.to == to.epoch);
