@@ -19,6 +19,11 @@
 //!   log read back from its text gives the same state.
 //! * **settles**: once everything works again, within a stated bound, every VM that
 //!   should run and fits does, every job has ended, and nothing is decided any more.
+//!
+//! What is simpler here than in life: the members of consensus never change (the
+//! first five nodes vote, a removed one goes on voting), its log is never cut, a
+//! keeper's VMs die with it at once, and clocks drift by up to 4 %, so that two of
+//! them and the time that a SIGKILL takes stay within a lease's margin of 10 %.
 
 mod clock;
 mod explore;
