@@ -296,6 +296,11 @@ async fn press(qmp: &Qmp, adjustment: Adjustment) -> Result<Step, QemuError> {
 }
 
 async fn finish(qmp: &Qmp, progress: MigrationProgress, gave_up: Option<&'static str>) -> Result<Outcome, QemuError> {
+    // The guest stands still: the common end takes one question. A source whose
+    // migration is completed and whose state is this one has handed the guest over.
+    if progress.status == MigrationStatus::Completed && qmp.query_status().await?.state == RunState::PostMigrate {
+        return Ok(Outcome::Completed { total: progress.total_time(), downtime: progress.downtime() });
+    }
     let word = settled(qmp).await?;
     Ok(match (&progress.status, word) {
         (MigrationStatus::Completed, Word::Sent) => {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use holdfast_consensus::{ProposeError, Role};
+use holdfast_consensus::{ProposeError, Role, Standing};
 use holdfast_core::check::check;
 use holdfast_core::lease::{Authority, BootTime};
 use holdfast_core::plan::plan;
@@ -69,6 +69,11 @@ fn unheard_on(state: &ClusterState, member: &Member, node: NodeId, now: BootTime
         .filter_map(|address| state.networks.get(&subnet(address)).filter(|network| network.roles.cluster))
         .map(|network| network.name.clone())
         .collect()
+}
+
+/// Whether this node is still the coordinator of `term`.
+fn coordinates(standing: &Standing, term: u64) -> bool {
+    standing.is_coordinator() && standing.term == term
 }
 
 fn lend_authority(member: &Member) {
@@ -170,16 +175,12 @@ impl Agent {
                         _ = state.changed() => {}
                         _ = leases.changed() => {}
                         () = member.reports.news() => {}
-                        _ = standing.changed() => {}
+                        _ = standing.wait_for(|now| !coordinates(now, term)) => {}
                     }
                 };
                 let _ = timeout(EVERY, wake).await;
             }
-            let still = {
-                let now = standing.borrow_and_update();
-                now.is_coordinator() && now.term == term
-            };
-            if !still {
+            if !coordinates(&standing.borrow(), term) {
                 break;
             }
         }

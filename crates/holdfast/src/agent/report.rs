@@ -141,11 +141,18 @@ impl Agent {
             };
             // A report that did not arrive is tried again soon, with what is true then.
             let pause = if delivered { EVERY } else { Duration::from_millis(50) };
+            // Where this node stands changes with every heartbeat; only another
+            // coordinator makes a difference here.
+            let another = async {
+                if standing.wait_for(|now| now.coordinator != coordinator).await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
             let wake = async {
                 tokio::select! {
                     () = member.reports.changed.notified(), if delivered => {}
                     _ = keeper.changed(), if delivered => {}
-                    changed = standing.changed() => if changed.is_err() { std::future::pending::<()>().await },
+                    () = another => {}
                 }
             };
             let _ = timeout(pause, wake).await;
