@@ -12,9 +12,12 @@
 //!            InFlight               Arrived                the source
 //!            Kept                   anything               the source; end the target
 //!            Sent                   Arrived → Runs         the target: resume it
-//!            fenced                 Arrived                the target: resume it
-//!            fenced                 Waiting | InFlight     nobody: it is lost, start afresh
+//!            fenced before `Sent`   anything but Runs      nobody: end the target, start afresh
 //! ```
+//!
+//! A target that has everything and no word from a source that was fenced is worth
+//! nothing: that source may have gone on with its guest after all, and have written
+//! to the disks that this guest's memory knows nothing of.
 //!
 //! The source decides, once: `Sent` is said only after the target has confirmed
 //! over the migration's return path that it holds the whole guest, and is never

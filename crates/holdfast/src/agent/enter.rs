@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
@@ -29,6 +29,8 @@ use crate::leases::{Leases, LeasesConfig, PeerKey};
 const CLOCK_TOLERANCE_MS: u64 = 5 * 60 * 1000;
 /// As many as the lease thread can listen on.
 const MOST_SOCKETS: usize = crate::leases::ADDRESSES;
+/// Between two questions whether everything was applied.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What `holdfast cluster init` and `node token` print for the other hosts.
@@ -108,11 +110,28 @@ impl Agent {
         tokio::spawn(self.clone().keep_authority(member));
         tokio::spawn(self.clone().keep_coordinating(member));
         tokio::spawn(self.clone().keep_reporting(member));
+        tokio::spawn(self.clone().act_when_caught_up(member));
+        Ok(member)
+    }
+
+    /// A fresh agent reads its log again from the last snapshot on. What it sees on
+    /// the way was true once; acting on it would end VMs that were started since. So
+    /// it acts only after it has applied all that was agreed on when it asked.
+    async fn act_when_caught_up(self, member: &'static Member) {
+        loop {
+            if let Ok(index) = member.consensus.barrier().await
+                && member.consensus.wait_applied(index, JOIN_DEADLINE).await
+            {
+                let revision = member.consensus.state().borrow().revision;
+                self.applied(revision, Instant::now() + JOIN_DEADLINE).await;
+                break;
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
         tokio::spawn(self.clone().keep_facts(member));
         tokio::spawn(self.clone().keep_volumes(member));
         tokio::spawn(self.clone().keep_guests(member));
         tokio::spawn(self.clone().keep_disks(member));
-        Ok(member)
     }
 
     /// One socket for each address that there is, so that it shows which networks

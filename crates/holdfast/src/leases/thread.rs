@@ -54,6 +54,21 @@ pub enum Told {
     StepDown,
 }
 
+/// A life that is not the admitted one has to prove anew that it is alive: it may be
+/// one that this node heard last before its successor was admitted elsewhere, and a
+/// late heartbeat of it must not look like a restart.
+fn doubt_other_lives(peers: &mut [Peer], nodes: &[Admission]) {
+    for peer in peers {
+        let admitted = nodes.iter().find(|node| node.node == peer.link.peer()).map(|node| node.admitted);
+        if peer.seen.life() != admitted {
+            peer.heard = None;
+            if let Ok(doubting) = Freshness::new() {
+                peer.seen = doubting;
+            }
+        }
+    }
+}
+
 /// One coordinatorship.
 pub struct Coordination {
     /// When it began.
@@ -217,6 +232,7 @@ impl AnsweringThread {
                     let (since, longest) = (new.since, new.longest);
                     let Coordination { nodes, slots, .. } = &mut *new;
                     slots.extend(nodes.iter().map(|node| assumed(node, since, longest)));
+                    doubt_other_lives(&mut self.peers, nodes);
                     self.coordination.replace(new).map(Told::Coordinate)
                 }
                 Told::Update(update) => {

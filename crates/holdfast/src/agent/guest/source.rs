@@ -34,18 +34,14 @@ impl Guest {
             Err(error) => return Err(error.into()),
         };
         match word(&qmp, Role::Target).await? {
-            // The source is dead and has sent everything: nobody else has the guest.
-            Word::Arrived if source_void => {
-                qmp.resume().await?;
-                self.say(epoch, Run::Running);
-                Ok(Next::Wait)
-            }
             Word::Runs => {
                 self.say(epoch, Run::Running);
                 Ok(Next::Wait)
             }
-            // The source is dead and has not sent everything: the guest is lost.
-            Word::Waiting | Word::InFlight if source_void => {
+            // Without the source's word nobody knows whether the guest that is here is
+            // the last of it: the source may have gone on after it sent this, written
+            // to the disks, and been fenced then. So it is started anew.
+            Word::Waiting | Word::InFlight | Word::Arrived if source_void => {
                 self.agent.0.keeper.kill(self.vm, epoch).await?;
                 Ok(Next::Soon(Duration::ZERO))
             }
