@@ -36,7 +36,10 @@ fn a_node_with_a_damaged_file_refuses_to_start() {
         let said = eventually("a refusal in the log", || {
             let log = fs::read(host.log_path()).unwrap();
             let log = String::from_utf8_lossy(&log[usize::try_from(logged).unwrap()..]).into_owned();
-            log.lines().find(|line| line.contains("the agent cannot go on")).map(str::to_owned)
+            // A line is there when its end is.
+            log.split_inclusive('\n')
+                .find(|line| line.ends_with('\n') && line.contains("the agent cannot go on"))
+                .map(str::to_owned)
         });
         println!("{file}: {said}");
         assert!(said.contains(file), "{said}");
