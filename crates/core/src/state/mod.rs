@@ -4,6 +4,7 @@ mod command;
 mod commands;
 mod decisions;
 mod jobs;
+mod vms;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -36,6 +37,12 @@ pub struct ClusterState {
     pub nodes: BTreeMap<NodeId, Node>,
     /// The last node id that was given.
     pub last_node: NodeId,
+    /// The vote without a host.
+    #[serde(default)]
+    pub witness: Option<Witness>,
+    /// How many disks have been a witness so far: each gets a number of its own.
+    #[serde(default)]
+    pub last_witness: u64,
     /// Tokens to join with, by the SHA-256 of the token.
     pub join_tokens: BTreeMap<String, JoinToken>,
     /// Tokens to use the API with, by name.
