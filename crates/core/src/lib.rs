@@ -13,6 +13,7 @@ pub mod model;
 pub mod observed;
 pub mod placement;
 pub mod plan;
+pub mod quorum;
 pub mod state;
 
 pub use model::*;

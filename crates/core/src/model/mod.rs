@@ -7,6 +7,7 @@ mod job;
 mod network;
 mod node;
 mod vm;
+mod witness;
 
 pub use cause::*;
 pub use cluster::*;
@@ -15,3 +16,4 @@ pub use job::*;
 pub use network::*;
 pub use node::*;
 pub use vm::*;
+pub use witness::*;

@@ -30,6 +30,9 @@ pub struct Node {
     pub facts: NodeFacts,
     /// When it joined, milliseconds since the Unix epoch.
     pub joined_ms: u64,
+    /// Where it stands: votes are spread over sites.
+    #[serde(default)]
+    pub site: Option<String>,
 }
 
 /// Whether a node may run VMs.

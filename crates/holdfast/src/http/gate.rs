@@ -143,6 +143,7 @@ mod tests {
                 incarnation: Default::default(),
                 facts: Default::default(),
                 joined_ms: 0,
+                site: None,
             };
             state.nodes.insert(NodeId(id), node);
         }

@@ -19,6 +19,7 @@ fn node(id: u64, machines: &[&str]) -> Node {
             ..NodeFacts::default()
         },
         joined_ms: 0,
+        site: None,
     }
 }
 

@@ -1,0 +1,35 @@
+//! The witness: a vote without a host, on a shared disk.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::NodeId;
+
+/// Where the numbers of witnesses begin: far above those of nodes.
+const WITNESSES: u64 = 1 << 32;
+
+/// A vote whose log lives on a disk that the nodes share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Witness {
+    /// Its number among the participants of consensus. Each disk that is set gets a
+    /// new one, so that a disk of before never counts as if it were current.
+    pub id: NodeId,
+    /// The path of the disk, the same on every node.
+    pub disk: String,
+    /// What is written on the disk, to recognise it.
+    pub mark: Uuid,
+    /// The node that should host it; any other takes over when that one is silent.
+    pub host: Option<NodeId>,
+}
+
+impl NodeId {
+    /// The number of the `n`th witness of a cluster, from 1.
+    pub const fn witness(n: u64) -> Self {
+        NodeId(WITNESSES + n)
+    }
+
+    /// Whether this is a witness's number.
+    pub const fn is_witness(self) -> bool {
+        self.0 > WITNESSES
+    }
+}
