@@ -21,7 +21,7 @@ pub enum Broken {
         current: u64,
     },
     /// A node is called lost that is not up, or for another term.
-    #[error("node {0} is called lost without a lease of its current term having ended")]
+    #[error("node {0} is called lost without its current term being over: no lease that ended, no power that is off")]
     Lost(NodeId),
     /// A node is admitted that does not exist.
     #[error("node {0} is admitted but does not exist")]
@@ -97,7 +97,16 @@ impl Account {
         match action {
             Action::DeclareLost { node } => {
                 let known = self.up.get_mut(node).ok_or(Broken::Lost(*node))?;
-                let shown = matches!(cause, Cause::LeaseEnded { node: of, term, .. } if of == node && *term == known.1);
+                let shown = match cause {
+                    Cause::LeaseEnded { node: of, term, .. } => of == node && *term == known.1,
+                    Cause::PowerFenced { node: of, word } => {
+                        // 0: it was switched off; 2: it was seen to be off afterwards.
+                        let off = (word.off, word.status) == (Some(0), Some(2));
+                        let agent = state.fencing.get(node).is_some_and(|fencing| fencing.agent == word.agent);
+                        of == node && word.term == known.1 && off && agent
+                    }
+                    _ => false,
+                };
                 if !known.0 || !shown {
                     return Err(Broken::Lost(*node));
                 }

@@ -8,6 +8,7 @@
 
 pub mod check;
 pub mod explain;
+pub mod fencing;
 pub mod lease;
 pub mod model;
 pub mod observed;

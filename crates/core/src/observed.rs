@@ -27,6 +27,10 @@ pub struct NodeObserved {
     pub heard: Option<Incarnation>,
     /// The last report of its agent.
     pub report: Option<NodeReport>,
+    /// What became of the last order to switch its host off. A word after which its
+    /// keeper was heard is not told: it was wrong.
+    #[serde(default)]
+    pub fence: Option<FenceWord>,
     /// Networks that the coordinator shares with it and does not hear it on.
     #[serde(default)]
     pub unheard_on: Vec<String>,

@@ -5,6 +5,7 @@ mod vm;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fencing;
 use crate::model::*;
 use crate::observed::Observed;
 use crate::state::ClusterState;
@@ -30,7 +31,8 @@ pub struct Decision {
 /// What can be decided.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Action {
-    /// A node's lease has certainly ended: every right of its term is void.
+    /// A node's lease has certainly ended, or its host has lost its power: every
+    /// right of its term is void.
     DeclareLost {
         /// Which.
         node: NodeId,
@@ -201,6 +203,11 @@ impl Planner<'_> {
             };
             if node.is_up() && seen.lease_ended {
                 let cause = Cause::LeaseEnded { node: node.id, term: node.term, silent_ms: seen.silent_ms };
+                self.decide(Action::DeclareLost { node: node.id }, cause);
+            } else if node.is_up()
+                && let Some(word) = fencing::believed(&node, seen)
+            {
+                let cause = Cause::PowerFenced { node: node.id, word: word.clone() };
                 self.decide(Action::DeclareLost { node: node.id }, cause);
             }
             let Some(incarnation) = seen.heard else {

@@ -70,6 +70,27 @@ fn a_user_s_command_in_the_log() {
 }
 
 #[test]
+fn power_fencing_in_the_log() {
+    let fencing = PowerFencing {
+        agent: "fence_ipmilan".into(),
+        options: [("ip".to_owned(), "10.9.0.2".to_owned())].into(),
+        secrets: [("password".to_owned(), Secret("hush".into()))].into(),
+        test: Some(FenceTest { at_ms: NOW, from: NodeId(2), passed: true, text: "it is on".into() }),
+        asked: Some(NodeTerm(3)),
+    };
+    golden("set_fencing.json", &Command::SetFencing { node: NodeId(1), fencing: Some(fencing) });
+    let word = FenceWord {
+        term: NodeTerm(3),
+        agent: "fence_ipmilan".into(),
+        off: Some(0),
+        status: Some(STATUS_OFF),
+        took_ms: 40,
+    };
+    let cause = Cause::PowerFenced { node: NodeId(1), word };
+    golden("power_fenced.json", &Decision { action: Action::DeclareLost { node: NodeId(1) }, cause });
+}
+
+#[test]
 fn a_state_read_back_goes_on_the_same_way() {
     let lab = eventful();
     let mut copy: ClusterState = serde_json::from_str(&serde_json::to_string(&lab.state).unwrap()).unwrap();

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Epoch, Incarnation, NodeId, NodeTerm};
+use super::{Epoch, FenceWord, Incarnation, NodeId, NodeTerm};
 
 /// Why something was decided. Typed, because [`crate::check`] verifies it and
 /// `holdfast explain` tells it.
@@ -23,6 +23,13 @@ pub enum Cause {
         term: NodeTerm,
         /// For how long the coordinator had not answered it, in milliseconds.
         silent_ms: u64,
+    },
+    /// A node's host was switched off, and seen to be off.
+    PowerFenced {
+        /// Which node.
+        node: NodeId,
+        /// What the fence agent said.
+        word: FenceWord,
     },
     /// The keeper of a node restarted: what its predecessor ran is dead.
     KeeperRestarted {
@@ -121,6 +128,13 @@ pub enum Cause {
     },
 }
 
+impl Cause {
+    /// Whether a node's whole term is over by it.
+    pub fn is_loss_of_node(&self) -> bool {
+        matches!(self, Cause::LeaseEnded { .. } | Cause::PowerFenced { .. } | Cause::KeeperRestarted { .. })
+    }
+}
+
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -128,6 +142,11 @@ impl fmt::Display for Cause {
             Cause::LeaseEnded { node, term, silent_ms } => {
                 write!(f, "the lease of node {node} (term {term}) ended: not answered for {silent_ms} ms")
             }
+            Cause::PowerFenced { node, word } => write!(
+                f,
+                "the power of node {node} (term {}) was switched off by {}, and seen to be off, within {} ms",
+                word.term, word.agent, word.took_ms
+            ),
             Cause::KeeperRestarted { node, incarnation } => {
                 write!(f, "the keeper of node {node} restarted as {incarnation}: what its predecessor ran is dead")
             }

@@ -2,6 +2,7 @@
 
 mod cause;
 mod cluster;
+mod fencing;
 mod ids;
 mod job;
 mod network;
@@ -11,6 +12,7 @@ mod witness;
 
 pub use cause::*;
 pub use cluster::*;
+pub use fencing::*;
 pub use ids::*;
 pub use job::*;
 pub use network::*;

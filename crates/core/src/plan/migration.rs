@@ -91,7 +91,7 @@ impl Planner<'_> {
             End::Alive(_) => None,
             End::Void => Some(self.why_void(tenure)),
         };
-        let lost = |cause: &Cause| matches!(cause, Cause::LeaseEnded { .. } | Cause::KeeperRestarted { .. });
+        let lost = Cause::is_loss_of_node;
         let (first, second) = (of(source, &from), of(target, &to));
         match (first, second) {
             (Some(first), Some(second)) if !lost(&first) && lost(&second) => second,

@@ -239,7 +239,12 @@ impl Planner<'_> {
         match self.state.nodes.get(&tenure.node) {
             Some(node) if node.is_up() => Cause::KeeperRestarted { node: node.id, incarnation: node.incarnation },
             _ => {
-                let silent_ms = self.observed.nodes.get(&tenure.node).map_or(0, |seen| seen.silent_ms);
+                let seen = self.observed.nodes.get(&tenure.node);
+                let silent_ms = seen.map_or(0, |seen| seen.silent_ms);
+                let word = seen.filter(|seen| !seen.lease_ended).and_then(|seen| seen.fence.as_ref());
+                if let Some(word) = word.filter(|word| word.term == tenure.term && word.is_confirmed()) {
+                    return Cause::PowerFenced { node: tenure.node, word: word.clone() };
+                }
                 Cause::LeaseEnded { node: tenure.node, term: tenure.term, silent_ms }
             }
         }
@@ -249,9 +254,7 @@ impl Planner<'_> {
 /// Why it should run where it does not yet: the user's wish, or what ended its
 /// last run. A crash is not repeated here: it was counted when it happened.
 fn why_wanted(vm: &Vm) -> Cause {
-    let lost = |cause: &Cause| {
-        matches!(cause, Cause::Requested { .. } | Cause::LeaseEnded { .. } | Cause::KeeperRestarted { .. })
-    };
+    let lost = |cause: &Cause| matches!(cause, Cause::Requested { .. }) || cause.is_loss_of_node();
     vm.causes
         .iter()
         .rev()

@@ -42,6 +42,36 @@ pub enum Command {
         /// Its facts.
         facts: NodeFacts,
     },
+    /// Says how a node's host can be switched off, or that it cannot.
+    SetFencing {
+        /// Which node.
+        node: NodeId,
+        /// How; `None`: not at all.
+        fencing: Option<PowerFencing>,
+    },
+    /// A test of a node's power fencing has ended.
+    FenceTested {
+        /// Which node.
+        node: NodeId,
+        /// The fence agent that was tested.
+        agent: String,
+        /// What it showed.
+        test: FenceTest,
+    },
+    /// Wants a node's host switched off, whether it is silent or not.
+    AskFence {
+        /// Which node.
+        node: NodeId,
+    },
+    /// A host could not be shown to have lost its power.
+    FenceFailed {
+        /// Which node.
+        node: NodeId,
+        /// The node's term when the fence was ordered.
+        term: NodeTerm,
+        /// What went wrong.
+        why: String,
+    },
     /// Chooses how fast a lost node is noticed.
     SetProfile {
         /// The profile.

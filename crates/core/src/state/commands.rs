@@ -23,6 +23,10 @@ impl ClusterState {
             Command::Join { digest, node } => self.join(at_ms, &digest, node),
             Command::RemoveNode { node } => self.remove_node(at_ms, by, node),
             Command::SetFacts { node, facts } => self.set_facts(node, facts),
+            Command::SetFencing { node, fencing } => self.set_fencing(at_ms, by, node, fencing),
+            Command::FenceTested { node, agent, test } => self.fence_tested(node, &agent, test),
+            Command::AskFence { node } => self.ask_fence(at_ms, by, node),
+            Command::FenceFailed { node, term, why } => self.fence_failed(at_ms, node, term, &why),
             Command::SetProfile { profile } => {
                 let (old, new) = (self.settings.longest_lease, profile.timing());
                 self.settings.profile = profile;
@@ -182,6 +186,7 @@ impl ClusterState {
             return Err(Refusal::Conflict(format!("node {name:?} is the last one of the cluster")));
         }
         self.nodes.remove(&id);
+        self.fencing.remove(&id);
         self.find_networks();
         self.event(at_ms, Severity::Info, format!("node {name}"), format!("{by} removed it"));
         Ok(Reply::Done)

@@ -165,10 +165,8 @@ impl ClusterState {
         vm.remember(at_ms, format!("to run on {node_name} (epoch {epoch})"), cause.clone());
         let subject = format!("vm {}", vm.name);
         let severity = match cause {
-            Cause::LeaseEnded { .. }
-            | Cause::KeeperRestarted { .. }
-            | Cause::Exited { .. }
-            | Cause::StartFailed { .. } => Severity::Warning,
+            Cause::Exited { .. } | Cause::StartFailed { .. } => Severity::Warning,
+            cause if cause.is_loss_of_node() => Severity::Warning,
             _ => Severity::Info,
         };
         self.event(at_ms, severity, subject, format!("starts on {node_name}: {cause}"));

@@ -3,6 +3,7 @@
 mod command;
 mod commands;
 mod decisions;
+mod fencing;
 mod jobs;
 mod vms;
 
@@ -53,6 +54,9 @@ pub struct ClusterState {
     pub switches: BTreeMap<String, SwitchKind>,
     /// Volumes, by name.
     pub volumes: BTreeMap<String, Volume>,
+    /// How nodes' hosts can be switched off.
+    #[serde(default)]
+    pub fencing: BTreeMap<NodeId, PowerFencing>,
     /// Virtual machines.
     pub vms: BTreeMap<VmId, Vm>,
     /// Jobs, those that go on and the last ones that ended.
