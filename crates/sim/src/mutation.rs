@@ -32,11 +32,13 @@ pub enum Mutation {
     HearEarlierLives,
     /// The keeper lets VMs run on when its lease ends.
     OutliveTheLease,
+    /// A fence that failed, hung or could not tell counts as a power cut.
+    BelieveFailedFence,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 13] = [
+    pub const ALL: [Mutation; 14] = [
         Mutation::DropMargin,
         Mutation::LeaseFromReceipt,
         Mutation::SkipWait,
@@ -50,6 +52,7 @@ impl Mutation {
         Mutation::VoteAtOnce,
         Mutation::HearEarlierLives,
         Mutation::OutliveTheLease,
+        Mutation::BelieveFailedFence,
     ];
 }
 
@@ -69,6 +72,7 @@ impl fmt::Display for Mutation {
             Mutation::VoteAtOnce => "vote without holding still",
             Mutation::HearEarlierLives => "hear earlier lives of a keeper",
             Mutation::OutliveTheLease => "let VMs outlive the lease",
+            Mutation::BelieveFailedFence => "believe a fence that failed",
         })
     }
 }

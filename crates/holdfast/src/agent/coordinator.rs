@@ -43,6 +43,7 @@ pub fn observe(member: &Member) -> Observed {
             heard: slot.heard_within(timing.heartbeat_ms * HEARD_WITHIN_HEARTBEATS, now).filter(|_| current),
             report: reports.remove(&slot.node),
             unheard_on: unheard_on(&state, member, slot.node, now),
+            ..NodeObserved::default()
         };
         observed.nodes.insert(slot.node, seen);
     }

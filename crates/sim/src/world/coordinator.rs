@@ -1,6 +1,6 @@
 //! The coordinator: leases and reports in, one checked plan at a time out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use holdfast_core::check::check;
@@ -25,6 +25,10 @@ pub struct Coordinatorship {
     pub reports: BTreeMap<NodeId, Rc<NodeReport>>,
     /// When the report was sent that is known.
     pub reported: BTreeMap<NodeId, u64>,
+    /// The hosts that were to be switched off, each once in a term of its node.
+    pub ordered: BTreeSet<(NodeId, NodeTerm)>,
+    /// What became of it, and when that was said.
+    pub fences: BTreeMap<NodeId, (FenceWord, BootTime)>,
     /// The last proposal, until its outcome is known.
     outstanding: Option<(RequestId, BootTime, Vec<NodeId>)>,
     pub dirty: bool,
@@ -45,6 +49,8 @@ impl Coordinatorship {
             slots: state.nodes.values().map(slot).collect(),
             reports: BTreeMap::new(),
             reported: BTreeMap::new(),
+            ordered: BTreeSet::new(),
+            fences: BTreeMap::new(),
             outstanding: None,
             dirty: true,
             planned: BootTime(0),
@@ -102,6 +108,7 @@ impl World {
         }
         self.settle_outstanding(host, &mut mine, &state, now);
         let observed = self.observe(host, &mut mine, &state, now);
+        self.fence(host, &mut mine, &state, &observed, now);
         let due = mine.dirty || now.ms_since(mine.planned) >= PLAN_EVERY_MS;
         if due && mine.outstanding.is_none() {
             mine.dirty = false;
@@ -147,6 +154,12 @@ impl World {
                 lease_ended,
                 silent_ms: slot.silent_ms(now),
                 heard: slot.heard_within(3 * timing.heartbeat_ms, now),
+                // A host that is heard after it was said to be off is not off.
+                fence: mine
+                    .fences
+                    .get(&node)
+                    .filter(|(_, at)| slot.heard_within(now.ms_since(*at), now).is_none())
+                    .map(|(word, _)| word.clone()),
                 report: mine.reports.get(&node).map(|report| (**report).clone()),
                 ..NodeObserved::default()
             };

@@ -4,6 +4,7 @@ mod agent;
 mod client;
 mod coordinator;
 mod faults;
+mod fencing;
 mod host;
 mod keeper;
 mod network;
@@ -82,6 +83,12 @@ enum Event {
     Stored(usize, u64, Storage),
     Guest(usize, u64, GuestTimer),
     Client(usize),
+    /// A fence agent switches a host off, in this of its boots.
+    PowerCut(usize, u64),
+    /// Somebody switches it on again.
+    PowerBack(usize, u64),
+    /// What a fence agent has to say comes in.
+    FenceSaid(fencing::Fence),
     /// A host that was cut off at a bad moment is joined again.
     Rejoin(usize),
 }
@@ -284,6 +291,10 @@ impl World {
         if self.setting.profile != Profile::Default {
             commands.push(Command::SetProfile { profile: self.setting.profile });
         }
+        // Some clusters can switch their hosts off.
+        if !self.setting.calm && self.setting.seed.is_multiple_of(3) {
+            commands.extend(fencing::configuration(self.setting.nodes));
+        }
         let kind = VolumeKind::Directory { path: "/srv/vol1".into() };
         commands.push(Command::AddVolume { name: "vol1".into(), id: Uuid::from_u128(2), kind });
         let entries: Vec<_> =
@@ -395,6 +406,9 @@ impl World {
             Event::Stored(host, life, what) => self.agent_stored(host, life, what),
             Event::Guest(host, serial, timer) => self.guest_timer(host, serial, timer),
             Event::Client(index) => self.client_turn(index),
+            Event::PowerCut(host, power) => self.power_cut(host, power),
+            Event::PowerBack(host, power) => self.power_back(host, power),
+            Event::FenceSaid(fence) => self.fence_said(fence),
             Event::Rejoin(host) => self.isolate(host, false),
         }
     }
