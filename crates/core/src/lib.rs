@@ -16,6 +16,7 @@ pub mod placement;
 pub mod plan;
 pub mod quorum;
 pub mod state;
+pub mod witness;
 
 pub use model::*;
 pub use observed::{NodeObserved, NodeReport, Observed, Run, VmReport, WorkReport};
