@@ -9,6 +9,11 @@
 //! margin pays for clocks that run at different rates. A coordinator may answer
 //! only while a quorum has acknowledged it recently ([`Authority`]), and a new
 //! one waits out what an earlier one may have granted ([`LeaseSlot::assumed`]).
+//!
+//! A node that is heard but hears nobody has no lease, however often it is
+//! answered. Heartbeats therefore say which answers have arrived, and one that
+//! says so of none for [`LeaseTiming::deaf_after_ms`] is only probed from then on
+//! ([`Answer::Probe`]): its lease runs out in the coordinator's eyes as well.
 
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +53,12 @@ impl LeaseTiming {
         self.length_ms.div_ceil(10)
     }
 
+    /// A node of which it is not known for so long that it hears the answers gets
+    /// none that count, in milliseconds: several heartbeats in each profile.
+    pub fn deaf_after_ms(self) -> u64 {
+        self.length_ms / 3
+    }
+
     /// Lease and margin, in milliseconds.
     pub fn lost_after_ms(self) -> u64 {
         self.length_ms + self.margin_ms()
@@ -65,6 +76,9 @@ pub struct Heartbeat {
     pub sequence: u64,
     /// When it was sent, on the sender's clock.
     pub sent: BootTime,
+    /// The newest heartbeat of this life to which the receiver's answer had
+    /// arrived; 0 for none.
+    pub acknowledged: u64,
 }
 
 /// The coordinator's answer.
@@ -193,6 +207,9 @@ pub struct LeaseSlot {
     condemned: bool,
     /// The newest heartbeat's life, when it was taken in, and its number.
     heard: Option<(Incarnation, BootTime, u64)>,
+    /// The oldest answer of which it is not known that any answer since then has
+    /// arrived: to which heartbeat, and when.
+    unacknowledged: Option<(u64, BootTime)>,
 }
 
 /// What the coordinator does with a heartbeat.
@@ -200,7 +217,10 @@ pub struct LeaseSlot {
 pub enum Answer {
     /// Send this.
     Grant(Grant),
-    /// Not now: no authority, not admitted, or condemned.
+    /// No lease, as it is not admitted, condemned, or does not seem to hear; but
+    /// tell it that its heartbeat arrived, so that it can say that it heard that.
+    Probe,
+    /// Nothing: no authority.
     Silence,
 }
 
@@ -224,6 +244,7 @@ impl LeaseSlot {
             answered: since,
             condemned: false,
             heard: None,
+            unacknowledged: None,
         }
     }
 
@@ -243,13 +264,22 @@ impl LeaseSlot {
         authority: Authority,
         now: BootTime,
     ) -> Answer {
-        match self.heard {
-            Some((life, _, sequence)) if life == heartbeat.incarnation && sequence >= heartbeat.sequence => {}
-            _ => self.heard = Some((heartbeat.incarnation, now, heartbeat.sequence)),
+        let before = self.heard.filter(|(life, ..)| *life == heartbeat.incarnation);
+        // A life that was not heard before has just proved that it hears: it was challenged.
+        if before.is_none() || self.unacknowledged.is_some_and(|(first, _)| heartbeat.acknowledged >= first) {
+            self.unacknowledged = None;
         }
-        let entitled = self.up && !self.condemned && self.admitted == heartbeat.incarnation;
-        if !entitled || !authority.holds(now) {
+        let deaf = self.unacknowledged.is_some_and(|(_, since)| now.ms_since(since) >= timing.deaf_after_ms());
+        if !deaf && before.is_none_or(|(_, _, sequence)| sequence < heartbeat.sequence) {
+            self.heard = Some((heartbeat.incarnation, now, heartbeat.sequence));
+        }
+        if !authority.holds(now) {
             return Answer::Silence;
+        }
+        self.unacknowledged.get_or_insert((heartbeat.sequence, now));
+        let entitled = self.up && !self.condemned && self.admitted == heartbeat.incarnation;
+        if !entitled || deaf {
+            return Answer::Probe;
         }
         self.answered = self.answered.max(now);
         self.bound = self.bound.max(now.plus_ms(timing.lost_after_ms()));
@@ -283,7 +313,8 @@ impl LeaseSlot {
         now.ms_since(self.answered)
     }
 
-    /// The life of a keeper that was heard within the last `recent_ms`.
+    /// The life of a keeper that was heard within the last `recent_ms`, and heard
+    /// this coordinator.
     pub fn heard_within(&self, recent_ms: u64, now: BootTime) -> Option<Incarnation> {
         self.heard.filter(|(_, at, _)| now.ms_since(*at) <= recent_ms).map(|(life, _, _)| life)
     }
@@ -301,7 +332,7 @@ mod tests {
     }
 
     fn heartbeat(sequence: u64, sent_ms: u64) -> Heartbeat {
-        Heartbeat { node: NodeId(1), incarnation: LIFE, sequence, sent: at(sent_ms) }
+        Heartbeat { node: NodeId(1), incarnation: LIFE, sequence, sent: at(sent_ms), acknowledged: sequence - 1 }
     }
 
     fn slot() -> LeaseSlot {
@@ -348,7 +379,7 @@ mod tests {
     fn a_condemned_node_is_silent_until_its_next_term() {
         let mut slot = slot();
         assert!(slot.condemn_if_ended(at(1650)));
-        assert_eq!(slot.answer(&heartbeat(1, 1700), TIMING, authority(9999), at(1700)), Answer::Silence);
+        assert_eq!(slot.answer(&heartbeat(1, 1700), TIMING, authority(9999), at(1700)), Answer::Probe);
         assert_eq!(slot.heard_within(100, at(1750)), Some(LIFE));
         slot.admit(LIFE, NodeTerm(2), true);
         assert!(
@@ -361,9 +392,36 @@ mod tests {
         let mut slot = slot();
         assert_eq!(slot.answer(&heartbeat(1, 10), TIMING, authority(20), at(20)), Answer::Silence);
         slot.admit(Incarnation(8), NodeTerm(1), true);
-        assert_eq!(slot.answer(&heartbeat(2, 10), TIMING, authority(9999), at(20)), Answer::Silence);
+        assert_eq!(slot.answer(&heartbeat(2, 10), TIMING, authority(9999), at(20)), Answer::Probe);
         slot.admit(LIFE, NodeTerm(1), false);
-        assert_eq!(slot.answer(&heartbeat(3, 10), TIMING, authority(9999), at(20)), Answer::Silence);
+        assert_eq!(slot.answer(&heartbeat(3, 10), TIMING, authority(9999), at(20)), Answer::Probe);
+    }
+
+    #[test]
+    fn a_node_that_hears_nothing_loses_its_lease_although_it_is_heard() {
+        let mut slot = slot();
+        let deaf = |sequence: u64, ms: u64| Heartbeat { acknowledged: 3, ..heartbeat(sequence, ms) };
+        let mut ask = |heartbeat: Heartbeat, ms: u64| slot.answer(&heartbeat, TIMING, authority(9999), at(ms));
+        assert!((1..=4).all(|n| matches!(ask(heartbeat(n, n * 100), n * 100), Answer::Grant(_))));
+        // From the answer to its fourth heartbeat on it hears nothing.
+        assert!((5..=8).all(|n| matches!(ask(deaf(n, n * 100), n * 100), Answer::Grant(_))));
+        assert!((9..=24).all(|n| ask(deaf(n, n * 100), n * 100) == Answer::Probe));
+        assert_eq!(slot.heard_within(500, at(1400)), None, "nothing to admit it for");
+        assert!(!slot.condemn_if_ended(at(800 + 1649)));
+        assert!(slot.condemn_if_ended(at(800 + 1650)));
+        // One probe that arrived, and it is to be reckoned with again.
+        assert_eq!(slot.answer(&heartbeat(30, 3000), TIMING, authority(9999), at(3000)), Answer::Probe);
+        assert_eq!(slot.heard_within(500, at(3000)), Some(LIFE));
+    }
+
+    #[test]
+    fn a_few_lost_answers_or_a_pause_cost_nothing() {
+        let mut slot = slot();
+        let mut ask = |heartbeat: Heartbeat, ms: u64| slot.answer(&heartbeat, TIMING, authority(99_999), at(ms));
+        assert!(matches!(ask(heartbeat(1, 100), 100), Answer::Grant(_)));
+        assert!(matches!(ask(Heartbeat { acknowledged: 0, ..heartbeat(2, 200) }, 200), Answer::Grant(_)));
+        assert!(matches!(ask(heartbeat(3, 1500), 1500), Answer::Grant(_)), "it stood still and had heard");
+        assert!(matches!(ask(Heartbeat { acknowledged: 0, ..heartbeat(4, 1600) }, 1600), Answer::Grant(_)));
     }
 
     #[test]

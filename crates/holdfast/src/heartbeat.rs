@@ -41,7 +41,7 @@ use uuid::Uuid;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 const MAGIC: [u8; 4] = *b"HFHB";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const HEADER_BYTES: usize = 32;
 const TAG_BYTES: usize = 16;
 const LONGEST_BODY: usize = 48;
@@ -120,6 +120,9 @@ pub enum Message {
         sent: BootTime,
         /// The last challenge of the receiver, zero when there was none.
         echo: u64,
+        /// The newest heartbeat of this life that the receiver answered with a
+        /// grant or a probe which arrived, zero when there was none.
+        acknowledged: u64,
     },
     /// The coordinator grants a lease.
     Grant(Grant),
@@ -130,6 +133,14 @@ pub enum Message {
         /// What it has to echo.
         challenge: u64,
     },
+    /// The coordinator grants nothing, but tells that a heartbeat arrived: the
+    /// next ones say whether this did.
+    Probe {
+        /// The life of the keeper that asked.
+        incarnation: Incarnation,
+        /// The heartbeat that is answered.
+        sequence: u64,
+    },
 }
 
 impl Message {
@@ -138,12 +149,13 @@ impl Message {
             Message::Heartbeat { .. } => 1,
             Message::Grant(_) => 2,
             Message::Challenge { .. } => 3,
+            Message::Probe { .. } => 4,
         }
     }
 
     fn words(&self) -> ([u64; LONGEST_BODY / 8], usize) {
         match *self {
-            Message::Heartbeat { sent, echo } => ([sent.0, echo, 0, 0, 0, 0], 2),
+            Message::Heartbeat { sent, echo, acknowledged } => ([sent.0, echo, acknowledged, 0, 0, 0], 3),
             Message::Grant(grant) => (
                 [
                     grant.incarnation.0,
@@ -156,6 +168,7 @@ impl Message {
                 6,
             ),
             Message::Challenge { incarnation, challenge } => ([incarnation.0, challenge, 0, 0, 0, 0], 2),
+            Message::Probe { incarnation, sequence } => ([incarnation.0, sequence, 0, 0, 0, 0], 2),
         }
     }
 
@@ -169,7 +182,7 @@ impl Message {
             *word = u64::from_le_bytes(*chunk);
         }
         match (kind, chunks.len()) {
-            (1, 2) => Some(Message::Heartbeat { sent: BootTime(words[0]), echo: words[1] }),
+            (1, 3) => Some(Message::Heartbeat { sent: BootTime(words[0]), echo: words[1], acknowledged: words[2] }),
             (2, 6) => Some(Message::Grant(Grant {
                 incarnation: Incarnation(words[0]),
                 sequence: words[1],
@@ -178,6 +191,7 @@ impl Message {
                 timing: LeaseTiming { length_ms: words[4], heartbeat_ms: words[5] },
             })),
             (3, 2) => Some(Message::Challenge { incarnation: Incarnation(words[0]), challenge: words[1] }),
+            (4, 2) => Some(Message::Probe { incarnation: Incarnation(words[0]), sequence: words[1] }),
             _ => None,
         }
     }
@@ -241,8 +255,8 @@ impl Header {
     }
 
     /// The heartbeat that a [`Message::Heartbeat`] stands for.
-    pub fn heartbeat(&self, sent: BootTime) -> Heartbeat {
-        Heartbeat { node: self.from, incarnation: Incarnation(self.life), sequence: self.counter, sent }
+    pub fn heartbeat(&self, sent: BootTime, acknowledged: u64) -> Heartbeat {
+        Heartbeat { node: self.from, incarnation: Incarnation(self.life), sequence: self.counter, sent, acknowledged }
     }
 }
 
@@ -352,7 +366,7 @@ impl Link {
                 message
             }
         };
-        // The other side's key seals both kinds of answers, never a question.
+        // The other side's key seals all kinds of answers, never a question.
         let asks = matches!(message, Message::Heartbeat { .. });
         (asks == (other == Side::Keeper)).then_some(message)
     }

@@ -11,7 +11,7 @@ fn pair() -> (Link, Link) {
     (Link::new(&keeper, Side::Keeper, 7).unwrap(), Link::new(&agent, Side::Agent, 9).unwrap())
 }
 
-const ASK: Message = Message::Heartbeat { sent: BootTime(1_000), echo: 5 };
+const ASK: Message = Message::Heartbeat { sent: BootTime(1_000), echo: 5, acknowledged: 2 };
 const GRANT: Message = Message::Grant(Grant {
     incarnation: Incarnation(7),
     sequence: 3,
@@ -39,11 +39,11 @@ fn the_wire_format_is_what_it_was() {
     let (keeper, agent) = pair();
     assert_eq!(
         hex(keeper.seal(2, 3, &ASK).as_bytes()),
-        "4846484201010200010000000000000007000000000000000300000000000000ca54ff0883066f4f96cac265c5d63e11544ab5de6db469b57acaa47cd42ad411"
+        "4846484202010200010000000000000007000000000000000300000000000000ca54ff0883066f4f96cac265c5d63e1120717960f0eb34ae07651c9d42bd608acbc3d5a02c158a99"
     );
     assert_eq!(
         hex(agent.seal(0, 8, &GRANT).as_bytes()),
-        "4846484201020000020000000000000009000000000000000800000000000000f8c6ba87140f14f709a3070c501f774fe2a1875475ec69d28adcdc9785440657b0e4a39790b374fcabe6c9892bc10d613fca182a8362a057554ec15f3c1e4b21"
+        "4846484202020000020000000000000009000000000000000800000000000000f8c6ba87140f14f709a3070c501f774fe2a1875475ec69d28adcdc9785440657b0e4a39790b374fcabe6c9892bc10d61a1ae8637f413e61d292f3b2ccd973f8d"
     );
 }
 
@@ -54,7 +54,8 @@ fn both_sides_understand_each_other() {
     assert_eq!(open(&mut agent, sealed.as_bytes()), Some(ASK));
     let header = Header::parse(sealed.as_bytes()).unwrap();
     assert_eq!((header.from, header.life, header.counter, header.path), (NodeId(1), 7, 3, 2));
-    for answer in [GRANT, Message::Challenge { incarnation: Incarnation(7), challenge: 11 }] {
+    let (incarnation, challenge, sequence) = (Incarnation(7), 11, 3);
+    for answer in [GRANT, Message::Challenge { incarnation, challenge }, Message::Probe { incarnation, sequence }] {
         assert_eq!(open(&mut keeper, agent.seal(0, 1, &answer).as_bytes()), Some(answer));
     }
 }

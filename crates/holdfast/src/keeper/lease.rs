@@ -73,6 +73,8 @@ struct Peer {
     addresses: Vec<(SocketAddr, usize)>,
     echo: u64,
     challenged: (u64, u64),
+    /// The newest heartbeat whose answer arrived.
+    acknowledged: u64,
 }
 
 impl Heartbeating {
@@ -117,6 +119,7 @@ impl Heartbeating {
                 addresses: peer.addresses.iter().map(|to| (*to, nearest(to))).collect(),
                 echo: 0,
                 challenged: (0, 0),
+                acknowledged: 0,
             });
         }
         Ok(Heartbeating { sockets, peers, period_ms: configuration.heartbeat_ms.clamp(PERIOD_MS.0, PERIOD_MS.1) })
@@ -320,7 +323,17 @@ impl LeaseThread {
             return;
         };
         match peer.link.open(&header, datagram) {
-            Some(Message::Grant(grant)) => self.granted(&grant),
+            Some(Message::Grant(grant)) => {
+                if grant.incarnation == self.lease.incarnation() {
+                    peer.acknowledged = peer.acknowledged.max(grant.sequence);
+                }
+                self.granted(&grant);
+            }
+            Some(Message::Probe { incarnation, sequence }) => {
+                if incarnation == self.lease.incarnation() {
+                    peer.acknowledged = peer.acknowledged.max(sequence);
+                }
+            }
             Some(Message::Challenge { incarnation, challenge }) => {
                 let (life, counter) = peer.challenged;
                 let replayed = life == header.life && header.counter <= counter;
@@ -420,7 +433,7 @@ impl LeaseThread {
 /// An address that cannot be reached right now is tried again at the next beat.
 fn send(sockets: &[UdpSocket], peer: &Peer, sequence: u64, now: BootTime) {
     for (path, (address, socket)) in (0..).zip(&peer.addresses) {
-        let message = Message::Heartbeat { sent: now, echo: peer.echo };
+        let message = Message::Heartbeat { sent: now, echo: peer.echo, acknowledged: peer.acknowledged };
         let sealed = peer.link.seal(path, sequence, &message);
         if let Some(socket) = sockets.get(*socket) {
             while socket

@@ -314,28 +314,37 @@ impl AnsweringThread {
         let Some(peer) = self.peers.iter_mut().find(|peer| peer.link.peer() == header.from) else {
             return;
         };
-        let Some(Message::Heartbeat { sent, echo }) = peer.link.open(&header, datagram) else {
+        let Some(Message::Heartbeat { sent, echo, acknowledged }) = peer.link.open(&header, datagram) else {
             return;
         };
-        let heartbeat = header.heartbeat(sent);
+        let heartbeat = header.heartbeat(sent, acknowledged);
         let answer = match peer.seen.judge(&header, echo) {
             Ok(Verdict::Fresh(new_life)) => {
                 self.changed |= new_life;
                 self.stale = true;
-                peer.heard = Some(now);
                 peer.networks[socket] = Some((from, now));
                 let Some(coordination) = &mut self.coordination else {
+                    peer.heard = Some(now);
                     return;
                 };
                 let mut slots = coordination.slots.iter_mut();
                 let Some(slot) = slots.find(|slot| slot.lease.node == header.from) else {
+                    peer.heard = Some(now);
                     return;
                 };
                 // The last moment: what follows takes microseconds, the margin pays for them.
                 let until = BootTime(coordination.authority.load(SeqCst));
                 let (timing, authority) = (coordination.timing, Authority { until });
-                match slot.lease.answer(&heartbeat, timing, authority, boot_time()) {
+                let answer = slot.lease.answer(&heartbeat, timing, authority, boot_time());
+                // Who hears nothing is not admitted for being heard.
+                if slot.lease.heard_within(0, now).is_some() {
+                    peer.heard = Some(now);
+                }
+                match answer {
                     Answer::Grant(grant) => Message::Grant(grant),
+                    Answer::Probe => {
+                        Message::Probe { incarnation: heartbeat.incarnation, sequence: heartbeat.sequence }
+                    }
                     Answer::Silence => return,
                 }
             }

@@ -84,3 +84,17 @@ pub fn bring(cluster: &Cluster, vm: &str, node: &str) {
         cluster.migrate(vm, node, DEADLINE).unwrap();
     }
 }
+
+/// The nodes that were declared lost by events with an index above `since`, once
+/// for each time.
+pub fn lost_since(cluster: &Cluster, since: u64) -> Vec<String> {
+    let events = cluster.any().unwrap().events(since).unwrap();
+    let lost = events.into_iter().filter(|event| event.text.starts_with("is lost"));
+    lost.filter_map(|event| event.subject.strip_prefix("node ").map(str::to_owned)).collect()
+}
+
+/// The names of all hosts but these.
+pub fn all_but(cluster: &Cluster, names: &[&str]) -> Vec<String> {
+    let hosts = cluster.hosts();
+    hosts.iter().map(|host| host.name().to_owned()).filter(|name| !names.contains(&name.as_str())).collect()
+}

@@ -18,6 +18,7 @@ mod full_disk;
 mod keeper_killed;
 mod migration;
 mod migration_faults;
+mod one_way;
 mod power_loss;
 mod qemu_killed;
 mod room;

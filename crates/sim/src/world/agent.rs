@@ -155,8 +155,10 @@ impl World {
         let (heard, before) = (slot.heard_within(u64::MAX, now), slot.silent_ms(now));
         let answer = slot.answer(heartbeat, timing, authority, now);
         coordinatorship.dirty |= heard != Some(heartbeat.incarnation) || before > 500;
-        if let Answer::Grant(grant) = answer {
-            self.send(host, from, Message::Grant(grant));
+        match answer {
+            Answer::Grant(grant) => self.send(host, from, Message::Grant(grant)),
+            Answer::Probe => self.send(host, from, Message::Probe(heartbeat.incarnation, heartbeat.sequence)),
+            Answer::Silence => {}
         }
     }
 

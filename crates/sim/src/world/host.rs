@@ -53,6 +53,8 @@ pub struct Keeper {
     pub period_ms: u64,
     /// The challenges to echo, by coordinator.
     pub echoes: Vec<u64>,
+    /// The newest heartbeat to which each agent's answer arrived.
+    pub acknowledged: Vec<u64>,
     pub last_epoch: BTreeMap<VmId, Epoch>,
     pub processes: BTreeMap<(VmId, Epoch), Qemu>,
 }
@@ -202,6 +204,7 @@ impl Host {
                 sequence: 0,
                 period_ms: world.setting.profile.timing().heartbeat_ms,
                 echoes: vec![0; nodes],
+                acknowledged: vec![0; nodes],
                 last_epoch: BTreeMap::new(),
                 processes: BTreeMap::new(),
             },

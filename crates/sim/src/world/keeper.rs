@@ -34,6 +34,7 @@ impl World {
         keeper.open = None;
         keeper.sequence = 0;
         keeper.echoes = vec![0; nodes];
+        keeper.acknowledged = vec![0; nodes];
         // It knows nothing of before; leftovers are dead before it asks.
         keeper.last_epoch.clear();
         keeper.processes.clear();
@@ -64,11 +65,11 @@ impl World {
         let node = self.node_of(host);
         let keeper = &mut self.hosts[host].keeper;
         keeper.sequence += 1;
-        let heartbeat =
-            Heartbeat { node, incarnation: keeper.lease.incarnation(), sequence: keeper.sequence, sent: now };
-        let echoes = keeper.echoes.clone();
+        let (incarnation, sequence) = (keeper.lease.incarnation(), keeper.sequence);
+        let said: Vec<_> = keeper.echoes.iter().copied().zip(keeper.acknowledged.iter().copied()).collect();
         let next = now.plus_ms(keeper.period_ms);
-        for (to, echo) in echoes.into_iter().enumerate() {
+        for (to, (echo, acknowledged)) in said.into_iter().enumerate() {
+            let heartbeat = Heartbeat { node, incarnation, sequence, sent: now, acknowledged };
             self.send(host, to, Message::Heartbeat(heartbeat, echo));
         }
         let at = self.hosts[host].clock.when(next, self.now);
@@ -84,8 +85,17 @@ impl World {
         }
         keeper.echoes[from] = challenge;
         keeper.sequence += 1;
-        let heartbeat = Heartbeat { node, incarnation: life, sequence: keeper.sequence, sent: now };
+        let (sequence, acknowledged) = (keeper.sequence, keeper.acknowledged[from]);
+        let heartbeat = Heartbeat { node, incarnation: life, sequence, sent: now, acknowledged };
         self.send(host, from, Message::Heartbeat(heartbeat, challenge));
+    }
+
+    /// An answer of the agent at `from` arrived, with a lease or without.
+    pub(super) fn keeper_answered(&mut self, from: usize, host: usize, life: Incarnation, sequence: u64) {
+        let keeper = &mut self.hosts[host].keeper;
+        if keeper.alive && keeper.lease.incarnation() == life {
+            keeper.acknowledged[from] = keeper.acknowledged[from].max(sequence);
+        }
     }
 
     pub(super) fn keeper_granted(&mut self, host: usize, grant: &Grant) {

@@ -116,6 +116,7 @@ enum GuestTimer {
 enum Message {
     Heartbeat(Heartbeat, u64),
     Grant(Grant),
+    Probe(Incarnation, u64),
     Challenge(Incarnation, u64),
     Raft(RaftMessage),
     /// Reports of one node keep their order: this is when it was sent.
@@ -155,7 +156,7 @@ struct Word {
 impl Message {
     fn part(&self) -> Part {
         match self {
-            Message::Grant(_) | Message::Challenge(..) => Part::Keeper,
+            Message::Grant(_) | Message::Probe(..) | Message::Challenge(..) => Part::Keeper,
             Message::Stream { .. } | Message::StreamTaken { .. } | Message::StreamBroken { .. } => Part::Guests,
             _ => Part::Agent,
         }

@@ -55,7 +55,9 @@ impl Links {
 impl Message {
     fn traffic(&self) -> Traffic {
         match self {
-            Message::Heartbeat(..) | Message::Grant(_) | Message::Challenge(..) => Traffic::Heartbeats,
+            Message::Heartbeat(..) | Message::Grant(_) | Message::Probe(..) | Message::Challenge(..) => {
+                Traffic::Heartbeats
+            }
             Message::Stream { .. } | Message::StreamTaken { .. } | Message::StreamBroken { .. } => Traffic::Migration,
             _ => Traffic::Agents,
         }
@@ -98,7 +100,11 @@ impl World {
             return;
         }
         match message {
-            Message::Grant(grant) => self.keeper_granted(to, &grant),
+            Message::Grant(grant) => {
+                self.keeper_answered(from, to, grant.incarnation, grant.sequence);
+                self.keeper_granted(to, &grant);
+            }
+            Message::Probe(life, sequence) => self.keeper_answered(from, to, life, sequence),
             Message::Challenge(life, challenge) => self.keeper_challenged(from, to, life, challenge),
             Message::Stream { vm, from: source, to: target, ram } => {
                 self.stream_arrived(from, to, vm, source, target, ram);
