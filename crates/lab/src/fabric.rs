@@ -16,7 +16,7 @@ use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
@@ -193,6 +193,33 @@ impl Fabric {
         let mut wiring = self.wiring();
         wiring.pulled.retain(|(pulled, _)| pulled != node);
         self.for_attached(&wiring, node, true)
+    }
+
+    /// Pulls all cables of `node` and plugs them in again, over and over, for
+    /// `length`. Each next of `times` tells how long they are out and then in.
+    /// Returns with all of them in, and says how often they were out.
+    ///
+    /// # Errors
+    /// When the kernel refuses to switch an interface.
+    pub fn flap(
+        &self,
+        node: &str,
+        length: Duration,
+        times: impl IntoIterator<Item = (Duration, Duration)>,
+    ) -> Result<u32> {
+        let until = Instant::now() + length;
+        let mut count = 0;
+        for (out, into) in times {
+            self.pull_all(node)?;
+            count += 1;
+            std::thread::sleep(out);
+            self.plug_all(node)?;
+            if Instant::now() >= until {
+                break;
+            }
+            std::thread::sleep(into);
+        }
+        Ok(count)
     }
 
     /// Lets `percent` of the frames from `from` to `to` vanish on `network`;

@@ -46,6 +46,25 @@ impl Cluster {
         self.host(host)?.kill(self.agent_pid(host)?, Signal::SIGKILL)
     }
 
+    /// Lets a node's agent stand still, as a debugger or a hypervisor would.
+    /// Returns its pid, for [`Cluster::go_on`].
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn stop_agent(&self, host: &str) -> Result<i32> {
+        let pid = self.agent_pid(host)?;
+        self.host(host)?.kill(pid, Signal::SIGSTOP)?;
+        Ok(pid)
+    }
+
+    /// Lets a process that was stopped go on.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn go_on(&self, host: &str, pid: i32) -> Result<()> {
+        self.host(host)?.kill(pid, Signal::SIGCONT)
+    }
+
     /// Kills a node's keeper at once. The host's init starts it anew.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 mod bench;
 
 mod agent_killed;
+mod agent_stopped;
 mod bad_hosts;
 mod bad_requests;
 mod boot;
@@ -14,11 +15,13 @@ mod coordinator_killed;
 mod cut_off;
 mod damaged_files;
 mod everything_restarts;
+mod flapping;
 mod full_disk;
 mod keeper_killed;
 mod migration;
 mod migration_faults;
 mod one_way;
+mod partition;
 mod power_loss;
 mod qemu_killed;
 mod room;
