@@ -21,6 +21,7 @@ use crate::authority::Stamps;
 use crate::error::{ConsensusError, ProposeError, RpcError};
 use crate::log::Log;
 use crate::machine::Machine;
+use crate::medium::{Directory, Medium};
 use crate::network::{Ballot, BarrierAnswer, Network, SnapshotCall, Wire};
 use crate::settings::Settings;
 use crate::snapshot::{self, Stored};
@@ -72,12 +73,13 @@ impl Consensus {
             .create(directory)
             .map_err(ConsensusError::io("create", directory))?;
         let lock = lock(directory)?;
-        let stored = snapshot::read(directory)?;
+        let medium: Arc<dyn Medium> = Arc::new(Directory::new(directory));
+        let stored = snapshot::read(&*medium)?;
         let last_in_snapshot = stored.as_ref().and_then(|stored| stored.head.last);
-        let (file, mut recovered) = wal::recover(directory, settings.me, stored.is_none())?;
+        let (mut recovered, end) = wal::recover(&*medium, settings.me, stored.is_none())?;
         if recovered.purged.map(|purged| purged.index) > last_in_snapshot.map(|last| last.index) {
             return Err(ConsensusError::Corrupt {
-                file: snapshot::path(directory),
+                file: medium.snapshot_path(),
                 offset: 0,
                 what: "it is missing or older than the log, which no longer holds what it would add".into(),
             });
@@ -88,8 +90,8 @@ impl Consensus {
         let sole = voters == [BTreeSet::from([settings.me.0])];
         let held = held && !sole;
         let (trouble, troubled) = watch::channel(None);
-        let machine = Machine::open(directory, stored, trouble.clone())?;
-        let wal = Wal::start(directory.clone(), settings.me.0, file, &mut recovered, COMPACT_ABOVE_BYTES, trouble)
+        let machine = Machine::open(medium.clone(), stored, trouble.clone())?;
+        let wal = Wal::start(medium, settings.me.0, end, &mut recovered, COMPACT_ABOVE_BYTES, trouble)
             .map_err(ConsensusError::io("write the log in", directory))?;
         let wal = Arc::new(wal);
         let wire = Arc::new(Wire {

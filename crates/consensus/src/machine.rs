@@ -1,7 +1,6 @@
 //! The state machine: applies what is committed, and writes and reads snapshots.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,10 +11,10 @@ use openraft::{EntryPayload, OptionalSend};
 use tokio::sync::watch;
 
 use crate::error::ConsensusError;
+use crate::medium::{Medium, is_full};
 use crate::record::SnapshotHead;
 use crate::snapshot::{self, Stored};
 use crate::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, Types};
-use crate::wal::is_full;
 
 /// How long to wait for room on a full disk before a snapshot is tried again.
 const FULL_RETRY: Duration = Duration::from_millis(500);
@@ -25,7 +24,7 @@ const FULL_RETRY: Duration = Duration::from_millis(500);
 /// The state lives in the watch channel alone: applying changes it in place and
 /// copies it only if a reader keeps a reference.
 pub(crate) struct Machine {
-    directory: PathBuf,
+    medium: Arc<dyn Medium>,
     state: watch::Sender<Arc<ClusterState>>,
     applied: Option<LogId>,
     membership: StoredMembership,
@@ -33,14 +32,14 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts from the snapshot in `directory`, if there is one.
+    /// Starts from the snapshot that is `stored`, if there is one.
     pub(crate) fn open(
-        directory: &Path,
+        medium: Arc<dyn Medium>,
         stored: Option<Stored>,
         trouble: watch::Sender<Option<String>>,
     ) -> Result<Machine, ConsensusError> {
         let mut machine = Machine {
-            directory: directory.to_owned(),
+            medium,
             state: watch::Sender::new(Arc::default()),
             applied: None,
             membership: StoredMembership::default(),
@@ -48,7 +47,7 @@ impl Machine {
         };
         if let Some(stored) = stored {
             let meta = stored.head.restore().map_err(|what| ConsensusError::Corrupt {
-                file: snapshot::path(directory),
+                file: machine.medium.snapshot_path(),
                 offset: 0,
                 what,
             })?;
@@ -119,7 +118,7 @@ impl RaftStateMachine<Types> for Machine {
 
     async fn get_snapshot_builder(&mut self) -> Builder {
         Builder {
-            directory: self.directory.clone(),
+            medium: self.medium.clone(),
             state: self.state.borrow().clone(),
             meta: SnapshotMeta { last_log_id: self.applied, last_membership: self.membership.clone() },
             trouble: self.trouble.clone(),
@@ -128,13 +127,13 @@ impl RaftStateMachine<Types> for Machine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, bytes: Vec<u8>) -> Result<(), io::Error> {
         let state = serde_json::from_slice(&bytes)?;
-        store(&self.directory, meta, bytes, &self.trouble).await?;
+        store(&self.medium, meta, bytes, &self.trouble).await?;
         self.adopt(meta, state);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        let Some(stored) = snapshot::read(&self.directory).map_err(io::Error::other)? else {
+        let Some(stored) = snapshot::read(&*self.medium).map_err(io::Error::other)? else {
             return Ok(None);
         };
         Ok(Some(Snapshot { meta: stored.head.restore().map_err(io::Error::other)?, snapshot: stored.bytes }))
@@ -143,7 +142,7 @@ impl RaftStateMachine<Types> for Machine {
 
 /// Writes a snapshot while the state machine goes on.
 pub(crate) struct Builder {
-    directory: PathBuf,
+    medium: Arc<dyn Medium>,
     state: Arc<ClusterState>,
     meta: SnapshotMeta,
     trouble: watch::Sender<Option<String>>,
@@ -154,7 +153,7 @@ impl RaftSnapshotBuilder<Types> for Builder {
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let bytes = serde_json::to_vec(&*self.state)?;
-        store(&self.directory, &self.meta, bytes.clone(), &self.trouble).await?;
+        store(&self.medium, &self.meta, bytes.clone(), &self.trouble).await?;
         Ok(Snapshot { meta: self.meta.clone(), snapshot: bytes })
     }
 }
@@ -162,7 +161,7 @@ impl RaftSnapshotBuilder<Types> for Builder {
 /// Waits while the disk is full: an error here would stop the engine, and
 /// nothing is lost by keeping the log longer.
 async fn store(
-    directory: &Path,
+    medium: &Arc<dyn Medium>,
     meta: &SnapshotMeta,
     state: Vec<u8>,
     trouble: &watch::Sender<Option<String>>,
@@ -171,8 +170,8 @@ async fn store(
     let state: Arc<[u8]> = state.into();
     let mut waited = false;
     loop {
-        let (directory, head, state) = (directory.to_owned(), head.clone(), state.clone());
-        let written = tokio::task::spawn_blocking(move || snapshot::write(&directory, &head, &state))
+        let (medium, head, state) = (medium.clone(), head.clone(), state.clone());
+        let written = tokio::task::spawn_blocking(move || snapshot::write(&*medium, &head, &state))
             .await
             .map_err(io::Error::other)?;
         match written {

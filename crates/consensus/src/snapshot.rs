@@ -8,19 +8,18 @@
 //! snapshot is written to `snapshot.new`, flushed and renamed over `snapshot`, so
 //! that a crash leaves the old one or the new one.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io;
 
 use holdfast_core::ClusterState;
 
 use crate::error::ConsensusError;
+use crate::medium::Medium;
 use crate::record::SnapshotHead;
-use crate::wal::private;
 
 /// The file's name.
 pub(crate) const FILE: &str = "snapshot";
-const NEW_FILE: &str = "snapshot.new";
+/// Where its replacement is written.
+pub(crate) const NEW_FILE: &str = "snapshot.new";
 const VERSION: u8 = 1;
 const MAGIC: &[u8; 7] = b"HFSNAP\0";
 const HEADER_BYTES: usize = 24;
@@ -31,10 +30,6 @@ pub(crate) struct Stored {
     pub(crate) state: ClusterState,
     /// The state as it stands in the file.
     pub(crate) bytes: Vec<u8>,
-}
-
-pub(crate) fn path(directory: &Path) -> PathBuf {
-    directory.join(FILE)
 }
 
 /// The file's bytes.
@@ -56,31 +51,15 @@ pub(crate) fn encode(head: &SnapshotHead, state: &[u8]) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes the file; durable when this returns.
-pub(crate) fn write(directory: &Path, head: &SnapshotHead, state: &[u8]) -> io::Result<()> {
-    let new = directory.join(NEW_FILE);
-    let written = (|| {
-        let mut file = private().open(&new)?;
-        file.write_all(&encode(head, state)?)?;
-        file.sync_all()?;
-        fs::rename(&new, path(directory))?;
-        File::open(directory)?.sync_all()
-    })();
-    if written.is_err() {
-        // Gives the room back; the old snapshot is untouched.
-        let _ = fs::remove_file(&new);
-    }
-    written
+/// Writes it; durable when this returns.
+pub(crate) fn write(medium: &dyn Medium, head: &SnapshotHead, state: &[u8]) -> io::Result<()> {
+    medium.write_snapshot(&encode(head, state)?)
 }
 
-/// Reads the file, `None` if there is none.
-pub(crate) fn read(directory: &Path) -> Result<Option<Stored>, ConsensusError> {
-    let path = path(directory);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(ConsensusError::io("read", &path)(e)),
-    };
+/// Reads it, `None` if there is none.
+pub(crate) fn read(medium: &dyn Medium) -> Result<Option<Stored>, ConsensusError> {
+    let path = medium.snapshot_path();
+    let Some(bytes) = medium.read_snapshot()? else { return Ok(None) };
     let corrupt =
         |offset: usize, what: String| ConsensusError::Corrupt { file: path.clone(), offset: offset as u64, what };
     if bytes.len() < HEADER_BYTES || &bytes[..7] != MAGIC {
@@ -111,9 +90,12 @@ pub(crate) fn read(directory: &Path) -> Result<Option<Stored>, ConsensusError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use tempfile::TempDir;
 
     use super::*;
+    use crate::medium::Directory;
     use crate::record::{Members, Position};
 
     fn head() -> SnapshotHead {
@@ -142,20 +124,21 @@ mod tests {
     #[test]
     fn what_was_written_is_read_and_damage_anywhere_is_refused() {
         let directory = TempDir::new().expect("a directory");
+        let medium = Directory::new(directory.path());
         let state = serde_json::to_vec(&ClusterState::default()).expect("plain data");
-        write(directory.path(), &head(), &state).expect("it is written");
-        let stored = read(directory.path()).expect("it is whole").expect("it is there");
+        write(&medium, &head(), &state).expect("it is written");
+        let stored = read(&medium).expect("it is whole").expect("it is there");
         assert_eq!(stored.head, head());
         assert_eq!(stored.state, ClusterState::default());
-        let file = path(directory.path());
+        let file = medium.snapshot_path();
         let whole = fs::read(&file).expect("the file");
         for at in 0..whole.len() {
             let mut damaged = whole.clone();
             damaged[at] ^= 1 << (at % 8);
             fs::write(&file, &damaged).expect("a damaged file");
-            assert!(read(directory.path()).is_err(), "byte {at}");
+            assert!(read(&medium).is_err(), "byte {at}");
             fs::write(&file, &whole[..at]).expect("a short file");
-            assert!(read(directory.path()).is_err(), "{at} bytes");
+            assert!(read(&medium).is_err(), "{at} bytes");
         }
     }
 }

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use crate::log::Log;
 use crate::machine::Machine;
+use crate::medium::Medium;
 use crate::types::Types;
 use crate::wal::{self, Wal};
 use holdfast_core::NodeId;
@@ -18,13 +19,14 @@ impl StoreBuilder<Types, Log, Machine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, Log, Machine), StorageError<Types>> {
         let directory = TempDir::new().expect("a temporary directory");
         let path = directory.path();
-        let (file, mut recovered) = wal::recover(path, NodeId(0), true).expect("a new log");
+        let medium: Arc<dyn Medium> = Arc::new(crate::medium::Directory::new(path));
+        let (mut recovered, end) = wal::recover(&*medium, NodeId(0), true).expect("a new log");
         let trouble = watch::Sender::new(None);
         // So small that the suite also compacts.
         let compact_above_bytes = 512;
-        let wal = Wal::start(path.to_owned(), 0, file, &mut recovered, compact_above_bytes, trouble.clone());
+        let wal = Wal::start(medium.clone(), 0, end, &mut recovered, compact_above_bytes, trouble.clone());
         let log = Log::new(recovered, Arc::new(wal.expect("a thread")));
-        let machine = Machine::open(path, None, trouble).expect("no snapshot");
+        let machine = Machine::open(medium, None, trouble).expect("no snapshot");
         Ok((directory, log, machine))
     }
 }

@@ -28,8 +28,8 @@ mod tests;
 
 use serde::Serialize;
 
-pub(crate) use recover::{Recovered, private, recover};
-pub(crate) use writer::{Wal, is_full};
+pub(crate) use recover::{Recovered, recover};
+pub(crate) use writer::Wal;
 
 use crate::record::{EntryRecord, Position, VoteRecord};
 

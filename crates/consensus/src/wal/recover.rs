@@ -1,9 +1,6 @@
 //! Reading the log after a start: everything that was acknowledged, or a refusal.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use holdfast_core::NodeId;
@@ -11,10 +8,10 @@ use serde::de::DeserializeOwned;
 
 use super::writer::Layout;
 use super::{
-    END, FILE, FRAME_HEAD_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_BYTES, NEW_FILE, OP_HEAD_BYTES, VERSION,
-    frame_head_crc, header,
+    END, FRAME_HEAD_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_BYTES, OP_HEAD_BYTES, VERSION, frame_head_crc, header,
 };
 use crate::error::ConsensusError;
+use crate::medium::Medium;
 use crate::record::{EntryRecord, Position, VoteRecord};
 use crate::types::Entry;
 
@@ -28,52 +25,27 @@ pub(crate) struct Recovered {
     pub(super) layout: Layout,
 }
 
-/// Opens the log in `directory`, or creates it if `may_create`.
-pub(crate) fn recover(directory: &Path, node: NodeId, may_create: bool) -> Result<(File, Recovered), ConsensusError> {
-    let path = directory.join(FILE);
-    let replacement = directory.join(NEW_FILE);
-    // Left by a crash before the rename: never acknowledged, the old file is whole.
-    match fs::remove_file(&replacement) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(ConsensusError::io("remove", &replacement)(e));
+/// Reads the log, or creates it if `may_create`, and says where it ends.
+pub(crate) fn recover(medium: &dyn Medium, node: NodeId, may_create: bool) -> Result<(Recovered, u64), ConsensusError> {
+    let path = medium.log_path();
+    let bytes = match medium.read_log()? {
+        Some(bytes) => bytes,
+        None if may_create => {
+            let bytes = header(node.0).to_vec();
+            medium.create_log(&bytes)?;
+            bytes
         }
-        _ => {}
-    }
-    if !path.exists() {
-        if !may_create {
-            return Err(corrupt(&path, 0, "the file is missing although there is a snapshot"));
-        }
-        create(directory, &path, &replacement, node)?;
-    }
-    let bytes = fs::read(&path).map_err(ConsensusError::io("read", &path))?;
+        None => return Err(corrupt(&path, 0, "the file is missing although there is a snapshot")),
+    };
     let (recovered, end) = parse(&path, &bytes, node)?;
-    let file = OpenOptions::new().read(true).write(true).open(&path).map_err(ConsensusError::io("open", &path))?;
     if end < bytes.len() {
         tracing::warn!(
             file = %path.display(), offset = end, bytes = bytes.len() - end,
             "cutting off an incomplete write at the end of the log: a crash interrupted it and nobody was told that it was done"
         );
-        file.set_len(end as u64)
-            .and_then(|()| file.sync_all())
-            .map_err(ConsensusError::io("cut the incomplete end off", &path))?;
+        medium.cut_log(end as u64)?;
     }
-    Ok((file, recovered))
-}
-
-/// How new files are opened: the state within holds the cluster's private key.
-pub(crate) fn private() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(true);
-    options.mode(0o600);
-    options
-}
-
-/// A file that exists is always complete: it appears by a rename.
-fn create(directory: &Path, path: &Path, new: &Path, node: NodeId) -> Result<(), ConsensusError> {
-    let mut file = private().open(new).map_err(ConsensusError::io("create", new))?;
-    file.write_all(&header(node.0)).and_then(|()| file.sync_all()).map_err(ConsensusError::io("write", new))?;
-    fs::rename(new, path).map_err(ConsensusError::io("rename a new file to", path))?;
-    File::open(directory).and_then(|directory| directory.sync_all()).map_err(ConsensusError::io("flush", directory))
+    Ok((recovered, end as u64))
 }
 
 fn corrupt(path: &Path, offset: u64, what: impl Into<String>) -> ConsensusError {

@@ -12,6 +12,7 @@ use tokio::sync::{oneshot, watch};
 use super::recover::parse;
 use super::*;
 use crate::error::ConsensusError;
+use crate::medium::Directory;
 use crate::record::{Members, Payload};
 use crate::types::Item;
 
@@ -48,9 +49,10 @@ fn entry(record: EntryRecord) -> Op {
 
 /// Each inner list was acknowledged before the next was written.
 async fn written(directory: &Path, batches: Vec<Vec<Op>>, compact_above_bytes: u64) {
-    let (file, mut recovered) = recover(directory, ME, true).expect("the log opens");
+    let medium = Arc::new(Directory::new(directory));
+    let (mut recovered, end) = recover(&*medium, ME, true).expect("the log opens");
     let trouble = watch::Sender::new(None);
-    let wal = Wal::start(directory.to_owned(), ME.0, file, &mut recovered, compact_above_bytes, trouble);
+    let wal = Wal::start(medium, ME.0, end, &mut recovered, compact_above_bytes, trouble);
     let wal = wal.expect("a thread");
     for batch in batches {
         let (tell, told) = oneshot::channel::<io::Result<()>>();
@@ -113,7 +115,7 @@ async fn the_bytes_are_those_of_version_1() {
 async fn everything_acknowledged_is_read_again() {
     let directory = TempDir::new().expect("a directory");
     written(directory.path(), example(), u64::MAX).await;
-    let (_, recovered) = recover(directory.path(), ME, true).expect("the log opens");
+    let (recovered, _) = recover(&Directory::new(directory.path()), ME, true).expect("the log opens");
     assert_eq!(recovered.vote.map(|vote| vote.term), Some(2));
     assert_eq!(recovered.purged, Some(Position { term: 1, index: 1 }));
     assert_eq!(recovered.committed, Some(Position { term: 1, index: 2 }));
@@ -150,7 +152,7 @@ async fn a_crash_at_any_byte_loses_only_what_was_not_acknowledged() {
             let room = ends.iter().find(|end| **end > length).map_or(zeros, |end| end - length);
             cut.resize(length + if length == acknowledged { zeros } else { zeros.min(room) }, 0);
             fs::write(&path, &cut).expect("a cut log");
-            let (_, recovered) = recover(directory.path(), ME, true)
+            let (recovered, _) = recover(&Directory::new(directory.path()), ME, true)
                 .unwrap_or_else(|e| panic!("cut at {length} with {zeros} zeros: {e}"));
             assert_eq!(summary(&recovered), expected, "cut at {length} with {zeros} zeros");
             assert_eq!(fs::metadata(&path).expect("the log").len(), acknowledged as u64, "the rest is cut off");
@@ -168,7 +170,7 @@ async fn a_flipped_bit_anywhere_is_refused_and_left_alone() {
         let mut bytes = whole.clone();
         bytes[at] ^= 1 << (at % 8);
         fs::write(&path, &bytes).expect("a damaged log");
-        let error = recover(directory.path(), ME, true).err();
+        let error = recover(&Directory::new(directory.path()), ME, true).err();
         let error = error.unwrap_or_else(|| panic!("a flipped bit in byte {at} went unnoticed"));
         let ConsensusError::Corrupt { file, offset, .. } = &error else {
             panic!("byte {at}: {error}");
@@ -184,7 +186,7 @@ async fn a_flipped_bit_anywhere_is_refused_and_left_alone() {
 async fn other_nodes_and_newer_versions_are_refused() {
     let directory = TempDir::new().expect("a directory");
     written(directory.path(), example(), u64::MAX).await;
-    let other = recover(directory.path(), NodeId(8), true).err();
+    let other = recover(&Directory::new(directory.path()), NodeId(8), true).err();
     assert!(matches!(other, Some(ConsensusError::OtherNode { found: ME, .. })), "{other:?}");
     let path = directory.path().join(FILE);
     let mut bytes = fs::read(&path).expect("the log");
@@ -192,7 +194,7 @@ async fn other_nodes_and_newer_versions_are_refused() {
     let crc = crc32fast::hash(&bytes[..16]).to_le_bytes();
     bytes[16..20].copy_from_slice(&crc);
     fs::write(&path, bytes).expect("a newer log");
-    let newer = recover(directory.path(), ME, true).err();
+    let newer = recover(&Directory::new(directory.path()), ME, true).err();
     assert!(matches!(newer, Some(ConsensusError::TooNew { .. })), "{newer:?}");
 }
 
@@ -211,7 +213,7 @@ async fn a_log_that_is_mostly_obsolete_shrinks_and_keeps_everything_needed() {
     written(directory.path(), batches, 16 << 10).await;
     let length = fs::metadata(&path).expect("the log").len();
     assert!(length < 64 << 10, "{length} bytes are left");
-    let (_, recovered) = recover(directory.path(), ME, true).expect("the log opens");
+    let (recovered, _) = recover(&Directory::new(directory.path()), ME, true).expect("the log opens");
     assert_eq!(recovered.vote.map(|vote| vote.term), Some(3));
     assert_eq!(recovered.purged.map(|purged| purged.index), Some(1979));
     assert_eq!(recovered.entries.keys().copied().collect::<Vec<_>>(), (1980..2000).collect::<Vec<_>>());
@@ -223,7 +225,7 @@ async fn a_replacement_that_a_crash_left_behind_is_ignored() {
     let directory = TempDir::new().expect("a directory");
     written(directory.path(), example(), u64::MAX).await;
     fs::write(directory.path().join(NEW_FILE), b"half a log").expect("a leftover");
-    let (_, recovered) = recover(directory.path(), ME, true).expect("the log opens");
+    let (recovered, _) = recover(&Directory::new(directory.path()), ME, true).expect("the log opens");
     assert_eq!(recovered.entries.len(), 2);
     assert!(!directory.path().join(NEW_FILE).exists());
 }

@@ -1,10 +1,7 @@
 //! Writing the log: a thread of its own, one fdatasync for all that waits.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -12,7 +9,8 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-use super::{BATCH_BYTES, Effect, FILE, HEADER_BYTES, NEW_FILE, Op, Recovered, frame, header, private};
+use super::{BATCH_BYTES, Effect, HEADER_BYTES, Op, Recovered, frame, header};
+use crate::medium::{Medium, NotReplaced, is_full};
 
 /// Jobs that may wait for the disk; more make the engine wait.
 const QUEUE: usize = 1024;
@@ -81,23 +79,21 @@ pub(crate) struct Wal {
 }
 
 impl Wal {
-    /// Starts the thread on a file that [`super::recover`] has opened. What is
-    /// wrong with the disk, if anything, shows in `trouble`.
+    /// Starts the thread on a log that [`super::recover`] has read up to `end`. What
+    /// is wrong with the disk, if anything, shows in `trouble`.
     pub(crate) fn start(
-        directory: PathBuf,
+        medium: Arc<dyn Medium>,
         node: u64,
-        file: File,
+        end: u64,
         recovered: &mut Recovered,
         compact_above_bytes: u64,
         trouble: watch::Sender<Option<String>>,
     ) -> io::Result<Wal> {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let stopping = Arc::new(AtomicBool::new(false));
-        let end = file.metadata()?.len();
         let writer = Writer {
-            directory,
+            medium,
             node,
-            file,
             end,
             layout: std::mem::take(&mut recovered.layout),
             compact_above_bytes,
@@ -145,9 +141,8 @@ impl Drop for Wal {
 }
 
 struct Writer {
-    directory: PathBuf,
+    medium: Arc<dyn Medium>,
     node: u64,
-    file: File,
     /// Where the last acknowledged frame ends.
     end: u64,
     layout: Layout,
@@ -230,12 +225,9 @@ impl Writer {
     fn write_frame(&mut self, frame: &[u8]) -> io::Result<()> {
         let mut waited = false;
         loop {
-            match self.file.write_all_at(frame, self.end) {
+            match self.medium.append(self.end, frame) {
                 Ok(()) => break,
                 Err(e) if is_full(&e) => {
-                    self.file
-                        .set_len(self.end)
-                        .map_err(|e| self.break_down(format!("cannot take back a partial write: {e}")))?;
                     if self.stopping.load(Ordering::Acquire) {
                         return Err(e);
                     }
@@ -243,7 +235,7 @@ impl Writer {
                         let text = format!(
                             "no room for the consensus log in {}: {e}. Nothing is lost, but this node \
                              accepts nothing new until there is room again",
-                            self.directory.display()
+                            self.medium.log_path().display()
                         );
                         tracing::error!("{text}");
                         self.trouble.send_replace(Some(text));
@@ -251,12 +243,9 @@ impl Writer {
                     }
                     std::thread::sleep(FULL_RETRY);
                 }
-                Err(e) => return Err(self.break_down(format!("writing failed: {e}"))),
+                Err(e) => return Err(self.break_down(e.to_string())),
             }
         }
-        // After a failed flush the kernel may have dropped the pages and marked
-        // them clean: another flush would succeed and mean nothing.
-        self.file.sync_data().map_err(|e| self.break_down(format!("flushing failed: {e}")))?;
         if waited {
             tracing::info!("there is room for the consensus log again");
             self.trouble.send_replace(None);
@@ -267,7 +256,7 @@ impl Writer {
     fn break_down(&mut self, what: String) -> io::Error {
         let text = format!(
             "{}: {what}. This node takes no further part; restart it when the disk works",
-            self.directory.join(FILE).display()
+            self.medium.log_path().display()
         );
         tracing::error!("{text}");
         self.trouble.send_replace(Some(text.clone()));
@@ -280,25 +269,24 @@ impl Writer {
         if self.broken.is_some() || self.end < self.compact_above_bytes.max(needed * 2) {
             return;
         }
-        let new = self.directory.join(NEW_FILE);
-        match self.compact(&new) {
+        match self.compact() {
             Ok(()) => {}
-            Err(e) => {
-                tracing::warn!("the log in {} could not be made smaller: {e}", self.directory.display());
-                let _ = fs::remove_file(&new);
+            Err(NotReplaced::Kept(e)) => {
+                tracing::warn!("the log in {} could not be made smaller: {e}", self.medium.log_path().display());
                 // Trying after each write would cost more than it saves.
                 self.compact_above_bytes = self.compact_above_bytes.max(self.end) * 2;
             }
+            Err(NotReplaced::Unknown(what)) => drop(self.break_down(what)),
         }
     }
 
-    fn compact(&mut self, new: &PathBuf) -> io::Result<()> {
+    fn compact(&mut self) -> Result<(), NotReplaced> {
         let mut bytes = header(self.node).to_vec();
         let mut body = Vec::new();
         for (at, length) in self.layout.places() {
             let start = body.len();
             body.resize(start + length, 0);
-            self.file.read_exact_at(&mut body[start..], at)?;
+            self.medium.read_at(at, &mut body[start..])?;
             if body.len() >= BATCH_BYTES {
                 append_frame(&mut bytes, &body)?;
                 body.clear();
@@ -307,23 +295,15 @@ impl Writer {
         append_frame(&mut bytes, &body)?;
         // The copy is read back by the reader that a start would use: a
         // replacement that cannot be read must not replace anything.
+        let path = self.medium.log_path();
         let (recovered, end) =
-            super::recover::parse(new, &bytes, holdfast_core::NodeId(self.node)).map_err(io::Error::other)?;
+            super::recover::parse(&path, &bytes, holdfast_core::NodeId(self.node)).map_err(io::Error::other)?;
         if end != bytes.len() || recovered.layout.bytes() != self.layout.bytes() {
-            return Err(io::Error::other("the copy differs from the original"));
+            return Err(io::Error::other("the copy differs from the original").into());
         }
-        let file = private().open(new)?;
-        file.write_all_at(&bytes, 0)?;
-        file.sync_all()?;
-        fs::rename(new, self.directory.join(FILE))?;
-        self.file = file;
+        self.medium.replace_log(&bytes)?;
         self.end = end as u64;
         self.layout = recovered.layout;
-        // Until the directory is flushed, a power loss may bring the old file
-        // back; what is acknowledged from now on would be missing from it.
-        File::open(&self.directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|e| self.break_down(format!("flushing the directory failed: {e}")))?;
         tracing::debug!(bytes = self.end, "made the log smaller");
         Ok(())
     }
@@ -337,8 +317,4 @@ fn append_frame(bytes: &mut Vec<u8>, body: &[u8]) -> io::Result<()> {
         bytes.extend_from_slice(&frame);
     }
     Ok(())
-}
-
-pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
