@@ -48,7 +48,9 @@ fn of_ours<'a>(all: &'a Dependencies, package: &str) -> Vec<&'a str> {
 fn the_crates_are_a_star() {
     let all = dependencies();
     assert_eq!(of_ours(&all, "holdfast-core"), Vec::<&str>::new(), "core depends on none of ours");
-    for leaf in ["holdfast-consensus", "holdfast-qemu", "holdfast-vswitch", "holdfast-api", "holdfast-sim"] {
+    for leaf in
+        ["holdfast-consensus", "holdfast-qemu", "holdfast-vswitch", "holdfast-volume", "holdfast-api", "holdfast-sim"]
+    {
         let others: Vec<&str> = of_ours(&all, leaf).into_iter().filter(|name| *name != "holdfast-core").collect();
         assert!(others.is_empty(), "{leaf} may depend on holdfast-core alone, but depends on {others:?}");
     }
@@ -57,7 +59,7 @@ fn the_crates_are_a_star() {
         assert!(allowed.contains(&name), "the lab drives the binary from outside, but depends on {name}");
     }
     assert_eq!(of_ours(&all, "holdfast-guest"), Vec::<&str>::new(), "the guest knows nothing of its cluster");
-    let parts = ["holdfast-consensus", "holdfast-qemu", "holdfast-vswitch"];
+    let parts = ["holdfast-consensus", "holdfast-qemu", "holdfast-vswitch", "holdfast-volume"];
     for package in all.keys().filter(|package| *package != "holdfast") {
         let composed: Vec<&str> = of_ours(&all, package).into_iter().filter(|name| parts.contains(name)).collect();
         assert!(composed.is_empty(), "only the binary composes, but {package} depends on {composed:?}");
@@ -71,6 +73,7 @@ fn some_crates_are_named_by_one_of_ours_only() {
         ("openraft", "holdfast-consensus", true),
         ("rtnetlink", "holdfast-vswitch", true),
         ("axum", "holdfast", true),
+        ("io-uring", "holdfast-volume", true),
         // Tests that pretend to be a host that joins speak TLS themselves.
         ("rustls", "holdfast", false),
     ] {

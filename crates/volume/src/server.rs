@@ -1,0 +1,98 @@
+//! Serves disks to QEMU on this host.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::engine::{Engine, Line, Order};
+use crate::export::Export;
+
+/// Orders that a thread has not read yet.
+const QUEUE: usize = 256;
+
+/// Threads that serve disks.
+pub struct Server {
+    lines: Arc<[Line]>,
+    threads: Vec<JoinHandle<()>>,
+    served: Mutex<BTreeMap<u64, (usize, Arc<Export>)>>,
+}
+
+impl Server {
+    /// Starts so many threads.
+    ///
+    /// # Errors
+    /// The kernel gives no threads, or no I/O queue (io_uring) to one of them.
+    pub fn start(threads: usize) -> io::Result<Server> {
+        let mut inboxes = Vec::new();
+        let mut lines = Vec::new();
+        for _ in 0..threads.max(1) {
+            let (orders, inbox) = sync_channel(QUEUE);
+            let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+            lines.push(Line { orders, bell });
+            inboxes.push(inbox);
+        }
+        let lines: Arc<[Line]> = lines.into();
+        let mut running = Vec::new();
+        for (me, inbox) in inboxes.into_iter().enumerate() {
+            let (lines, (tell, told)) = (lines.clone(), sync_channel(1));
+            let body = move || {
+                let engine = Engine::new(me, inbox, lines);
+                let _ = tell.send(engine.as_ref().map(drop).map_err(|error| io::Error::from(error.kind())));
+                if let Ok(engine) = engine
+                    && let Err(error) = engine.run()
+                {
+                    // Its disks would hang for ever: whoever started us starts us again.
+                    tracing::error!(%error, "the kernel takes no I/O any more");
+                    std::process::abort();
+                }
+            };
+            running.push(std::thread::Builder::new().name(format!("disks-{me}")).stack_size(256 << 10).spawn(body)?);
+            told.recv().unwrap_or_else(|_| Err(io::Error::other("the thread ended at once")))?;
+        }
+        Ok(Server { lines, threads: running, served: Mutex::default() })
+    }
+
+    /// Serves a disk to whoever connects to `listener`, under a number that was not
+    /// used yet.
+    pub fn serve(&self, id: u64, listener: UnixListener, export: Export) {
+        let export = Arc::new(export);
+        let home = id as usize % self.lines.len();
+        self.served().insert(id, (home, export.clone()));
+        self.lines[home].tell(Order::Serve(id, listener, export));
+    }
+
+    /// Serves a disk no more, and returns when nothing of it is under way; `false`
+    /// if that did not happen within `patience`, or there is no such disk.
+    pub fn withdraw(&self, id: u64, patience: Duration) -> bool {
+        let Some((_, export)) = self.served().remove(&id) else { return false };
+        export.withdrawn.store(true, Ordering::Release);
+        let (tell, told) = sync_channel(self.lines.len());
+        for line in self.lines.iter() {
+            line.tell(Order::Withdraw(id, export.clone(), tell.clone()));
+        }
+        let until = std::time::Instant::now() + patience;
+        self.lines.iter().all(|_| told.recv_timeout(until.saturating_duration_since(std::time::Instant::now())).is_ok())
+    }
+
+    fn served(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (usize, Arc<Export>)>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        for line in self.lines.iter() {
+            line.tell(Order::Stop);
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
