@@ -8,6 +8,7 @@
 
 mod cluster;
 mod error;
+mod fencing;
 mod job;
 mod network;
 mod node;
@@ -19,6 +20,7 @@ mod volume;
 
 pub use cluster::{ClusterView, Counts, FoundCluster, Founded, ProfileName, Quorum, SetProfile};
 pub use error::{ErrorBody, ErrorDetail};
+pub use fencing::{FenceTestView, FencingView, SetFencing};
 pub use job::{Event, JobOutcome, JobState, JobView, Moved, Severity};
 pub use network::{AddSwitch, NetworkView, SetNetwork, SwitchKind, SwitchView};
 pub use node::{Address, JoinCluster, JoinLine, MakeJoinToken, NodeState, NodeView};

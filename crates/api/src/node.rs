@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::FencingView;
+
 /// A host that belongs to the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NodeView {
@@ -46,6 +48,8 @@ pub struct NodeView {
     pub vms: usize,
     /// What makes sure that its VMs are dead before they start elsewhere.
     pub fencing: String,
+    /// How its power can be switched off; absent when nobody has said how.
+    pub power_fencing: Option<FencingView>,
     /// When it joined.
     pub joined_ms: u64,
     /// The newest machine type that its QEMU offers.

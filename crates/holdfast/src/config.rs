@@ -27,6 +27,8 @@ pub struct Config {
     pub port: u16,
     /// QEMU's program.
     pub qemu: PathBuf,
+    /// Where the fence agents are, which switch other nodes' hosts off.
+    pub fence_agents_dir: PathBuf,
     /// Memory that VMs may use, in bytes or as `12G`; what the host has, less
     /// `reserve_memory`, when empty.
     pub memory: String,
@@ -49,6 +51,7 @@ impl Default for Config {
             volumes_dir: "/clusterstorage".into(),
             port: 7470,
             qemu: "qemu-system-x86_64".into(),
+            fence_agents_dir: "/usr/sbin".into(),
             memory: String::new(),
             reserve_memory: "1G".into(),
             cpus: 0,
@@ -99,6 +102,7 @@ impl Config {
         set("HOLDFAST_RUN_DIR", &mut self.run_dir);
         set("HOLDFAST_VOLUMES_DIR", &mut self.volumes_dir);
         set("HOLDFAST_QEMU", &mut self.qemu);
+        set("HOLDFAST_FENCE_AGENTS_DIR", &mut self.fence_agents_dir);
         if let Some(value) = variable("HOLDFAST_PORT") {
             self.port = value.parse().with_context(|| format!("HOLDFAST_PORT={value:?} is not a port"))?;
         }

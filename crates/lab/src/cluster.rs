@@ -147,7 +147,7 @@ impl Cluster {
             "--config".into(),
             config.into(),
         ]))?;
-        let settings = self.spec.configuration(name, &self.lab.host_directory());
+        let settings = self.spec.configuration(name, &self.lab.host_directory(), &self.fence_agents_dir());
         fs::write(host.directory().join("etc/config.toml"), settings).context("writing a host's configuration")?;
         Ok(host)
     }
@@ -325,6 +325,11 @@ impl Cluster {
     /// The address .`last` of the production network, for a guest.
     pub fn guest_address(last: u8) -> Ipv4Addr {
         Network::Production.address_ending_in(last)
+    }
+
+    /// Where the hosts look for fence agents: on the shared storage, empty at first.
+    pub fn fence_agents_dir(&self) -> PathBuf {
+        self.lab.shared_directory().join("fence-agents")
     }
 
     /// Where a file of the volume is, as this process sees it.

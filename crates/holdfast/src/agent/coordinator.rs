@@ -39,11 +39,11 @@ pub fn observe(member: &Member) -> Observed {
             state.nodes.get(&slot.node).is_some_and(|node| slot.lease.is_some_and(|lease| lease.term == node.term));
         let seen = NodeObserved {
             lease_ended: current && slot.lease.is_some_and(|lease| lease.condemned),
-            silent_ms: slot.lease.map_or(0, |lease| now.ms_since(lease.answered)),
+            silent_ms: slot.lease.filter(|_| current).map_or(0, |lease| now.ms_since(lease.answered)),
             heard: slot.heard_within(timing.heartbeat_ms * HEARD_WITHIN_HEARTBEATS, now).filter(|_| current),
             report: reports.remove(&slot.node),
             unheard_on: unheard_on(&state, member, slot.node, now),
-            ..NodeObserved::default()
+            fence: member.fences.word(slot.node, slot.heard.map(|(_, at)| at)),
         };
         observed.nodes.insert(slot.node, seen);
     }
@@ -114,6 +114,7 @@ impl Agent {
                 let term = standing.borrow().term;
                 tracing::info!(term, "this node is the coordinator");
                 member.reports.forget();
+                member.fences.forget();
                 self.coordinate(member, since, term).await;
                 tracing::info!(term, "this node is no longer the coordinator");
                 if let Err(error) = member.leases.step_down() {
@@ -147,6 +148,7 @@ impl Agent {
         // Each coordinatorship begins without any.
         lend_authority(member);
         let members = tokio::spawn(self.clone().keep_members(member));
+        let fencing = tokio::spawn(self.clone().keep_fencing(member));
         let mut known = Vec::new();
         // When the lease thread began to grant the current, perhaps shorter leases.
         let mut timing_since = (state.borrow().settings.profile, boot_time());
@@ -176,6 +178,7 @@ impl Agent {
                         _ = state.changed() => {}
                         _ = leases.changed() => {}
                         () = member.reports.news() => {}
+                        () = member.fences.news() => {}
                         _ = standing.wait_for(|now| !coordinates(now, term)) => {}
                     }
                 };
@@ -186,6 +189,7 @@ impl Agent {
             }
         }
         members.abort();
+        fencing.abort();
     }
 
     /// Has a plan agreed on. When the outcome is unknown the next plan waits until

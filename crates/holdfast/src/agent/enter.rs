@@ -98,6 +98,7 @@ impl Agent {
             peers,
             leases,
             reports: report::Reports::new(),
+            fences: super::fencing::Fences::default(),
             guests: guests::Guests::default(),
         }));
         if self.0.member.set(member).is_err() {

@@ -12,6 +12,7 @@ mod disks;
 mod enter;
 mod facts;
 mod failure;
+mod fencing;
 mod guest;
 mod guests;
 mod keeper_link;
@@ -82,6 +83,7 @@ struct Member {
     peers: Arc<Peers>,
     leases: Leases,
     reports: report::Reports,
+    fences: fencing::Fences,
     guests: guests::Guests,
 }
 

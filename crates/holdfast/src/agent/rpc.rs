@@ -13,6 +13,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 
 use super::enter::{JoinAnswer, JoinRefusal, JoinRequest};
+use super::fencing::FenceTestCall;
 use super::report::Numbered;
 use super::volumes::{Probe, Probed};
 use super::{Agent, Attempt, CONSOLE_PROTOCOL, Failure, Member, Proposed, coordinator};
@@ -26,6 +27,8 @@ pub const REPORT: &str = "/node/report";
 pub const OBSERVED: &str = "/node/observed";
 /// Looks at a directory that is to become a volume.
 pub const PROBE: &str = "/node/probe-volume";
+/// Tries out the power fencing of a third node.
+pub const FENCE_TEST: &str = "/node/fence-test";
 /// Lets a host join.
 pub const JOIN: &str = "/api/v1/join";
 /// A snapshot may travel in one body.
@@ -88,6 +91,7 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
         .route(REPORT, post(report))
         .route(OBSERVED, post(observed))
         .route(PROBE, post(probe))
+        .route(FENCE_TEST, post(fence_test))
         .route("/node/vms/{vm}/announce", post(announce))
         .route("/node/vms/{vm}/continue", post(go_on))
         .route("/node/vms/{vm}/console", any(console))
@@ -131,6 +135,11 @@ async fn observed(State(context): State<Context>) -> Response {
 
 async fn probe(State(context): State<Context>, Json(probe): Json<Probe>) -> Json<Probed> {
     Json(context.agent.probe_volume(probe).await)
+}
+
+async fn fence_test(State(context): State<Context>, Json(call): Json<FenceTestCall>) -> Json<FenceTest> {
+    let state = context.agent.state();
+    Json(context.agent.try_fencing(&state, call.node, &call.fencing).await)
 }
 
 async fn announce(

@@ -6,8 +6,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+mod fencing;
 mod vm;
 
+pub use fencing::*;
 pub use vm::*;
 
 /// Failover clusters of virtual machines for Linux.
@@ -198,6 +200,25 @@ pub enum NodeCommand {
         /// The join token (`holdfast node token` on a member).
         #[arg(long, value_name = "TOKEN")]
         token: String,
+    },
+    /// Power fencing: how a node's host can be switched off from another node.
+    Fencing {
+        /// What to do.
+        #[command(subcommand)]
+        command: FencingCommand,
+    },
+    /// Try out a node's power fencing from another node; switches nothing.
+    FenceTest {
+        /// The node.
+        name: String,
+    },
+    /// Switch a node's host off: for a VM that nothing else frees.
+    Fence {
+        /// The node.
+        name: String,
+        /// Yes, cut its power.
+        #[arg(long)]
+        yes: bool,
     },
     /// Make a token with which one host may join, once.
     Token {

@@ -7,7 +7,7 @@ use hyper::Method;
 use super::args::*;
 use super::client::Client;
 use super::vm::segment;
-use super::{Done, output};
+use super::{Done, fencing, output};
 
 /// `holdfast cluster`.
 pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Done {
@@ -122,6 +122,9 @@ pub async fn node(client: &Client, command: NodeCommand, json: bool) -> Done {
                 }
             }
         }
+        NodeCommand::Fencing { command } => fencing::fencing(client, command, json).await,
+        NodeCommand::FenceTest { name } => fencing::test(client, &name, json).await,
+        NodeCommand::Fence { name, yes } => fencing::fence(client, &name, yes, json).await,
         NodeCommand::Token { valid } => {
             let request = api::MakeJoinToken { valid_ms: Some(valid * 60_000) };
             let line: api::JoinLine = client.post("/api/v1/join-tokens", &request).await?;
@@ -173,10 +176,13 @@ fn show_node(node: &api::NodeView) -> Done {
         ("vms", node.vms.to_string()),
         ("addresses", node.addresses.iter().map(address).collect::<Vec<_>>().join("\n")),
         ("port", node.port.to_string()),
-        ("fencing", node.fencing.clone()),
+        ("fencing", node.fencing.replace("; ", "\n")),
         ("version", node.version.clone()),
         ("joined", output::moment(node.joined_ms)),
     ];
+    if let Some(power) = &node.power_fencing {
+        facts.push(("last fence test", fencing::told(power.test.as_ref())));
+    }
     if let Some(silent_ms) = node.silent_ms {
         facts.push(("last answered", format!("{silent_ms} ms ago")));
     }

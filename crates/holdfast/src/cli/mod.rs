@@ -6,6 +6,7 @@ mod client;
 mod cluster;
 mod console;
 mod documents;
+mod fencing;
 mod job;
 mod output;
 mod vm;

@@ -1,6 +1,7 @@
 //! Views of the cluster's state: what the API shows, computed from what the
 //! nodes agree on and, where it helps, from what the coordinator observes.
 
+mod fencing;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -8,6 +9,7 @@ use std::collections::BTreeMap;
 use holdfast_api as api;
 use holdfast_core::*;
 
+pub use fencing::{fence_test, fencing};
 #[cfg(test)]
 pub use vm::definition;
 pub use vm::{explanation, vm, vm_state};
@@ -179,10 +181,8 @@ pub fn node(state: &ClusterState, node: &Node, from: Vantage<'_>) -> api::NodeVi
         port: node.port,
         version: node.facts.version.clone(),
         vms: state.vms.values().filter(on_it).count(),
-        fencing: match &node.facts.watchdog {
-            Some(device) => format!("self-fencing by lease, hardware watchdog {device}"),
-            None => "self-fencing by lease; no hardware watchdog was found".into(),
-        },
+        fencing: fencing::in_words(state, node),
+        power_fencing: fencing(state, node.id),
         joined_ms: node.joined_ms,
         newest_machine: node.facts.machines.last().cloned(),
     }

@@ -211,6 +211,13 @@ requests! {
     cluster() -> api::ClusterView = "GET" "/api/v1/cluster", &();
     /// The nodes.
     nodes() -> Vec<api::NodeView> = "GET" "/api/v1/nodes", &();
+    /// Says how a node's host can be switched off.
+    set_fencing(node: &str, request: &api::SetFencing) -> api::FencingView =
+        "PUT" "/api/v1/nodes/{node}/fencing", request;
+    /// Tries out a node's power fencing.
+    test_fencing(node: &str) -> api::FenceTestView = "POST" "/api/v1/nodes/{node}/fence-test", &();
+    /// Has a node's host switched off.
+    fence(node: &str) -> api::FencingView = "POST" "/api/v1/nodes/{node}/fence", &();
     /// The networks.
     networks() -> Vec<api::NetworkView> = "GET" "/api/v1/networks", &();
     /// The volumes.

@@ -81,14 +81,16 @@ impl ClusterSpec {
         self
     }
 
-    /// The file of a host whose own directory is at `root`.
-    pub(super) fn configuration(&self, host: &str, root: &Path) -> String {
+    /// The file of a host whose own directory is at `root`, and which finds fence
+    /// agents in `fence_agents`.
+    pub(super) fn configuration(&self, host: &str, root: &Path, fence_agents: &Path) -> String {
         let directory = |name: &str| root.join(name).display().to_string();
         let mut keys = BTreeMap::from([
             ("node_name".to_owned(), host.to_owned()),
             ("state_dir".to_owned(), directory("var")),
             ("run_dir".to_owned(), directory("run")),
             ("volumes_dir".to_owned(), directory("clusterstorage")),
+            ("fence_agents_dir".to_owned(), fence_agents.display().to_string()),
             ("memory".to_owned(), self.memory_per_node.clone()),
             ("log".to_owned(), self.log.clone()),
         ]);

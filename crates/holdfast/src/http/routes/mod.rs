@@ -2,6 +2,7 @@
 
 mod cluster;
 mod console;
+mod fencing;
 mod jobs;
 mod networks;
 mod nodes;
@@ -41,6 +42,9 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::show, nodes::remove))
         .routes(routes!(nodes::make_join_token))
+        .routes(routes!(fencing::show, fencing::set, fencing::clear))
+        .routes(routes!(fencing::test))
+        .routes(routes!(fencing::fence))
         .routes(routes!(networks::list))
         .routes(routes!(networks::set))
         .routes(routes!(networks::list_switches, networks::add_switch))
