@@ -15,6 +15,7 @@ mod buffer;
 mod connection;
 mod engine;
 mod export;
+pub mod lun;
 pub mod nbd;
 mod ring;
 mod server;
