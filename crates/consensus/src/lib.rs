@@ -49,6 +49,7 @@ mod consensus;
 mod error;
 mod log;
 mod machine;
+mod mark;
 mod medium;
 mod members;
 mod network;

@@ -5,9 +5,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::error::ConsensusError;
+use crate::mark::Mark;
 use crate::{snapshot, wal};
 
 /// Where one log and one snapshot are kept. One thread at a time writes the log,
@@ -21,6 +22,11 @@ pub(crate) trait Medium: Send + Sync + 'static {
 
     /// All bytes of the log, `None` if there never was one.
     fn read_log(&self) -> Result<Option<Vec<u8>>, ConsensusError>;
+
+    /// So many bytes of the log were acknowledged, or more; 0 when that is not known.
+    fn acknowledged(&self) -> u64 {
+        0
+    }
 
     /// Makes the log, with these bytes: a crash leaves it whole or not there.
     fn create_log(&self, bytes: &[u8]) -> Result<(), ConsensusError>;
@@ -74,11 +80,17 @@ pub(crate) fn failed(what: &str, error: &io::Error) -> io::Error {
 pub(crate) struct Directory {
     path: PathBuf,
     log: Mutex<Option<File>>,
+    mark: OnceLock<(Mark, u64)>,
 }
 
 impl Directory {
     pub(crate) fn new(path: impl Into<PathBuf>) -> Self {
-        Directory { path: path.into(), log: Mutex::new(None) }
+        Directory { path: path.into(), log: Mutex::new(None), mark: OnceLock::new() }
+    }
+
+    /// The note beside the log, and what it said when it was opened.
+    fn mark(&self) -> &(Mark, u64) {
+        self.mark.get_or_init(|| Mark::open(&self.path))
     }
 
     fn log(&self) -> MutexGuard<'_, Option<File>> {
@@ -118,6 +130,10 @@ impl Medium for Directory {
         read(&self.log_path())
     }
 
+    fn acknowledged(&self) -> u64 {
+        self.mark().1
+    }
+
     /// A file that exists is always complete: it appears by a rename.
     fn create_log(&self, bytes: &[u8]) -> Result<(), ConsensusError> {
         let (path, new) = (self.log_path(), self.path.join(wal::NEW_FILE));
@@ -149,7 +165,9 @@ impl Medium for Directory {
             // them clean: another flush would succeed and mean nothing. So it must
             // not look like a full disk, after which one tries again.
             file.sync_data().map_err(|e| io::Error::other(format!("flushing failed: {e}")))
-        })
+        })?;
+        self.mark().0.note(at + bytes.len() as u64);
+        Ok(())
     }
 
     fn read_at(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
@@ -162,6 +180,7 @@ impl Medium for Directory {
             let file = private().open(&new)?;
             file.write_all_at(bytes, 0)?;
             file.sync_all()?;
+            self.mark().0.forget()?;
             fs::rename(&new, self.log_path())?;
             Ok(file)
         })();

@@ -14,7 +14,8 @@
 //! A frame is acknowledged after fdatasync, and the next one is written only then.
 //! So a crash can leave at most one incomplete frame, the last, which nobody was
 //! told about: the file ends inside it, or its end reads as zeros. That is cut off.
-//! Everything else that does not check out is damage, and damage is never repaired
+//! When what is cut off was acknowledged after all, by the note of [`crate::mark`],
+//! the log was truncated. That and everything else that does not check out is damage, and damage is never repaired
 //! by forgetting: [`recover`] refuses it and leaves the file alone.
 //!
 //! Room comes back by [`writer`] copying what is still needed to `log.new` and

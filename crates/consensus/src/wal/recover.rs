@@ -38,6 +38,11 @@ pub(crate) fn recover(medium: &dyn Medium, node: NodeId, may_create: bool) -> Re
         None => return Err(corrupt(&path, 0, "the file is missing although there is a snapshot")),
     };
     let (recovered, end) = parse(&path, &bytes, node)?;
+    let acknowledged = medium.acknowledged();
+    if (end as u64) < acknowledged {
+        let what = format!("it ends there, but {acknowledged} bytes of it had been written for certain: it was cut");
+        return Err(corrupt(&path, end as u64, what));
+    }
     if end < bytes.len() {
         tracing::warn!(
             file = %path.display(), offset = end, bytes = bytes.len() - end,

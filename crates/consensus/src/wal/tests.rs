@@ -152,12 +152,33 @@ async fn a_crash_at_any_byte_loses_only_what_was_not_acknowledged() {
             let room = ends.iter().find(|end| **end > length).map_or(zeros, |end| end - length);
             cut.resize(length + if length == acknowledged { zeros } else { zeros.min(room) }, 0);
             fs::write(&path, &cut).expect("a cut log");
+            // The note was not flushed: a loss of power may have taken it along.
+            let _ = fs::remove_file(directory.path().join(crate::mark::FILE));
             let (recovered, _) = recover(&Directory::new(directory.path()), ME, true)
                 .unwrap_or_else(|e| panic!("cut at {length} with {zeros} zeros: {e}"));
             assert_eq!(summary(&recovered), expected, "cut at {length} with {zeros} zeros");
             assert_eq!(fs::metadata(&path).expect("the log").len(), acknowledged as u64, "the rest is cut off");
         }
     }
+}
+
+#[tokio::test]
+async fn a_log_that_was_truncated_is_refused_and_left_alone() {
+    let directory = TempDir::new().expect("a directory");
+    written(directory.path(), example(), u64::MAX).await;
+    let path = directory.path().join(FILE);
+    let whole = fs::read(&path).expect("the log");
+    for length in HEADER_BYTES..whole.len() {
+        fs::write(&path, &whole[..length]).expect("a truncated log");
+        let error = recover(&Directory::new(directory.path()), ME, true).err();
+        let Some(ConsensusError::Corrupt { file, .. }) = &error else {
+            panic!("cut at {length} of {}: {error:?}", whole.len());
+        };
+        assert_eq!(*file, path);
+        assert_eq!(fs::metadata(&path).expect("the log").len(), length as u64, "it was changed");
+    }
+    fs::write(&path, &whole).expect("the whole log");
+    assert!(recover(&Directory::new(directory.path()), ME, true).is_ok());
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use holdfast_api::NodeState;
+use holdfast_api::{AddSwitch, NodeState, SwitchKind};
 
 use crate::bench::{DEADLINE, eventually, three_nodes};
 
@@ -15,15 +15,16 @@ fn a_node_with_a_damaged_file_refuses_to_start() {
     let node = cluster.followers().unwrap().remove(0);
     let host = cluster.host(&node).unwrap();
     let state = host.directory().join("var");
-    let damages: [(&str, Damage); 3] = [
+    let damages: [(&str, Damage); 4] = [
         ("identity.json", |bytes| bytes.truncate(bytes.len() / 2)),
         ("identity.json", Vec::clear),
         ("consensus/log", |bytes| {
             let middle = bytes.len() / 2;
             bytes[middle] ^= 0x55;
         }),
+        ("consensus/log", |bytes| bytes.truncate(bytes.len() / 2)),
     ];
-    for (file, damage) in damages {
+    for (number, (file, damage)) in damages.into_iter().enumerate() {
         host.stop_service().unwrap();
         let path = state.join(file);
         let whole = fs::read(&path).unwrap();
@@ -48,6 +49,10 @@ fn a_node_with_a_damaged_file_refuses_to_start() {
         assert!(cluster.client(&node).cluster().is_err(), "it answers");
         assert_eq!(fs::read(&path).unwrap(), bytes, "{file} was changed");
         cluster.wait_node(&node, DEADLINE, |node| node.state == NodeState::Lost || node.silent_ms.is_some()).unwrap();
+        // The others go on without it.
+        let name = format!("after-{number}");
+        let request = AddSwitch { name, kind: SwitchKind::Private, uplink: None };
+        cluster.any().unwrap().add_switch(&request).unwrap();
 
         host.stop_service().unwrap();
         fs::write(&path, &whole).unwrap();
