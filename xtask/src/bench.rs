@@ -12,6 +12,7 @@ mod failover;
 mod false_loss;
 mod idle;
 mod migration;
+mod peer;
 mod stage;
 mod table;
 
@@ -19,7 +20,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 
 #[derive(Debug, Parser)]
@@ -30,9 +31,13 @@ struct Args {
     /// How often to repeat each experiment.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
-    /// For how long to keep the processors busy (false-loss).
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=10_000))]
-    minutes: u64,
+    /// For how long to keep the processors busy: 10 for false-loss, 1 for failover
+    /// with a peer.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    minutes: Option<u64>,
+    /// Beside Pacemaker and corosync on the same machine (failover).
+    #[arg(long)]
+    peer: bool,
     /// For how long to watch nodes on which nothing happens (idle).
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     seconds: u64,
@@ -68,18 +73,29 @@ enum Name {
 pub fn main(args: Vec<OsString>) -> Result<()> {
     let name = OsString::from("cargo xtask bench");
     let args = Args::parse_from(std::iter::once(name).chain(args));
+    if args.peer {
+        peer::look()?;
+    }
+    let minutes = |default: u64| Duration::from_secs(60 * args.minutes.unwrap_or(default));
     let binary = match args.binary {
         Some(binary) => binary,
         None => stage::build()?,
     };
     let runs = usize::from(args.runs);
     let rows = match args.name {
-        Name::Failover => failover::run(&binary, runs)?,
+        Name::Failover if args.peer => {
+            let load = minutes(1);
+            let mut ours = failover::run(&binary, runs, Some(load))?;
+            let model = ours.model.take().context("no command line to give to the peer")?;
+            let beside = peer::run(&binary, runs, load, &ours, &model)?;
+            ours.rows.into_iter().chain(beside).collect()
+        }
+        Name::Failover => failover::run(&binary, runs, None)?.rows,
         Name::Migration => migration::run(&binary, runs)?,
         Name::Consensus => consensus::run(&binary, runs)?,
         Name::Idle => idle::run(&binary, Duration::from_secs(args.seconds))?,
         Name::Crash => crash::run(&binary, runs)?,
-        Name::FalseLoss => false_loss::run(&binary, Duration::from_secs(args.minutes * 60))?,
+        Name::FalseLoss => false_loss::run(&binary, minutes(10))?,
     };
     println!("\n{}", table::table(&rows));
     match &args.json {

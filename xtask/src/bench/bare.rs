@@ -16,9 +16,10 @@ use serde_json::{Value, json};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The UUID of the guest; QEMU wants the same at both ends.
-const UUID: &str = "ba4e0000-0000-4000-8000-000000000001";
+pub const UUID: &str = "ba4e0000-0000-4000-8000-000000000001";
 const MAC: &str = "52:54:00:ba:4e:01";
-const TAP: &str = "bare0";
+/// Its tap.
+pub const TAP: &str = "bare0";
 /// How often a socket is tried that is not there yet.
 const POLL: Duration = Duration::from_millis(2);
 
@@ -63,7 +64,10 @@ impl Model {
     }
 
     /// The command line of a bare QEMU with a disk and an address of its own.
-    fn argv(&self, run_dir: &str, disk: &str, ip: Ipv4Addr, incoming: bool) -> Result<Vec<String>> {
+    ///
+    /// # Errors
+    /// When the model's is not understood.
+    pub fn argv(&self, run_dir: &str, disk: &str, ip: Ipv4Addr, incoming: bool) -> Result<Vec<String>> {
         let old_run_dir = value_after(&self.argv, "-chardev", "path=")
             .and_then(|path| Some(path.rsplit_once('/')?.0.to_owned()))
             .context("the model's command line has no monitor's socket")?;

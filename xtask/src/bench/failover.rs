@@ -10,7 +10,9 @@ use holdfast_lab::Host;
 use holdfast_lab::cluster::GuestVm;
 use holdfast_lab::guest::{Acknowledged, Writer};
 
+use super::bare::Model;
 use super::events;
+use super::peer::saturate;
 use super::stage::{PATIENCE, Stage};
 use super::table::Row;
 
@@ -22,10 +24,46 @@ const RECORDS: u64 = 50;
 const WRITE_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Whose power is cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Victim {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Victim {
+    /// A node that does not coordinate.
     Follower,
+    /// The node that coordinates.
     Coordinator,
+}
+
+impl Victim {
+    /// As rows name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Victim::Follower => "follower",
+            Victim::Coordinator => "coordinator",
+        }
+    }
+}
+
+/// What was found, and what a peer is compared with.
+pub struct Measured {
+    /// All of it.
+    pub rows: Vec<Row>,
+    /// The command line of the VM's QEMU.
+    pub model: Option<Model>,
+    started: Vec<(ProfileName, Victim, Vec<Duration>)>,
+    false_failovers: Vec<(ProfileName, f64)>,
+}
+
+impl Measured {
+    /// The times until QEMU ran elsewhere.
+    pub fn started(&self, profile: ProfileName, victim: Victim) -> &[Duration] {
+        let found = self.started.iter().find(|(of, whom, _)| (*of, *whom) == (profile, victim));
+        found.map(|(.., times)| times.as_slice()).unwrap_or_default()
+    }
+
+    /// How many nodes were declared lost, and VMs started, while nothing had failed
+    /// but all cores were busy.
+    pub fn false_failovers(&self, profile: ProfileName) -> f64 {
+        self.false_failovers.iter().find(|(of, _)| *of == profile).map_or(0.0, |(_, count)| *count)
+    }
 }
 
 /// What is acceptable, in milliseconds.
@@ -45,12 +83,14 @@ struct Times {
     serving: Vec<Duration>,
 }
 
-/// Measures `runs` losses of a follower and of the coordinator, under both profiles.
+/// Measures `runs` losses of a follower and of the coordinator, under both profiles,
+/// and counts false failovers while all cores are busy for `load`, if any.
 ///
 /// # Errors
 /// When a step does not come about in time, which no figure can stand for.
-pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
+pub fn run(binary: &Path, runs: usize, load: Option<Duration>) -> Result<Measured> {
+    let mut measured = Measured { rows: Vec::new(), model: None, started: Vec::new(), false_failovers: Vec::new() };
+    let rows = &mut measured.rows;
     let (mut lost_records, mut split) = (Vec::new(), Vec::new());
     for (profile, name, lost, started) in
         [(ProfileName::Default, "default", 1700.0, 2000.0), (ProfileName::Fast, "fast", 750.0, 1000.0)]
@@ -58,8 +98,8 @@ pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
         let stage = Stage::form(binary, profile)?;
         let vm = stage.guest("bench", 100)?;
         let mut acknowledged = Vec::new();
-        for (victim, whom, later) in [(Victim::Follower, "follower", 0.0), (Victim::Coordinator, "coordinator", 600.0)]
-        {
+        for (victim, later) in [(Victim::Follower, 0.0), (Victim::Coordinator, 600.0)] {
+            let whom = victim.name();
             let mut times = Times::default();
             for run in 1..=runs {
                 one(&stage, &vm, victim, &mut times, &mut acknowledged).with_context(|| {
@@ -71,6 +111,11 @@ pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
             let goals =
                 Goals { lost: lost + later, started: started + later, serving: profile == ProfileName::Default };
             rows.extend(times.rows(&format!("{name}, {whom} lost"), &goals));
+            measured.started.push((profile, victim, times.started));
+        }
+        if let Some(load) = load {
+            measured.model = Some(Model::of(&stage.cluster, &vm, &stage.cluster.node_of(&vm.name)?)?);
+            measured.false_failovers.push((profile, under_load(&stage, &vm, load)?));
         }
         stage.cluster.switch_off(&vm.name)?;
         lost_records.push(vm.verify()?.lost(&acknowledged).len() as f64);
@@ -79,7 +124,17 @@ pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
     }
     rows.push(Row::of("acknowledged records lost", &lost_records).worst_goal(0.0));
     rows.push(Row::of("two QEMUs of one VM alive together", &split).worst_goal(0.0));
-    Ok(rows)
+    Ok(measured)
+}
+
+/// Nodes declared lost and QEMUs started while all cores are busy for so long.
+fn under_load(stage: &Stage, vm: &GuestVm, length: Duration) -> Result<f64> {
+    let (last, seen) = (stage.events.last(), stage.cluster.watch().timeline().len());
+    saturate(length)?;
+    stage.settle()?;
+    let lost = stage.events.since(last).iter().filter(|told| events::is_loss(&told.event)).count();
+    let started = stage.cluster.watch().timeline().into_iter().skip(seen).filter(|seen| seen.vm == vm.id).count();
+    Ok((lost + started) as f64)
 }
 
 impl Times {
