@@ -2,6 +2,7 @@
 //! generated from them, run the simulation, the end-to-end tests and the benchmarks.
 
 mod bench;
+mod chaos;
 mod fix;
 mod leftovers;
 mod step;
@@ -45,6 +46,8 @@ enum Task {
         /// Only tests with this in their names.
         filter: Option<String>,
     },
+    /// Let everything fail at random for a long time, with real guests, and judge.
+    Chaos(chaos::Args),
     /// Measure against the goals: `cargo xtask bench NAME [--json FILE] [--runs N]`.
     #[command(disable_help_flag = true)]
     Bench {
@@ -75,6 +78,7 @@ fn run(task: Task) -> Result<bool> {
             let ready = verify::guest().run()?.passed() && verify::binary().run()?.passed();
             Ok(ready && e2e(filter.as_deref()).run()?.passed())
         }
+        Task::Chaos(args) => chaos::run(&args),
         Task::Bench { args } => bench::main(args).map(|()| true),
     }
 }
