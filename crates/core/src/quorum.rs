@@ -12,7 +12,12 @@
 //! the nodes alone would be even; else it only listens, to be ready.
 //!
 //! What is fit: a node whose lease has not ended and that acknowledges what the
-//! coordinator sends, a witness that acknowledges. The coordinator always votes.
+//! coordinator sends, a witness that acknowledges; [`Attendance`] keeps account of
+//! that. The coordinator always votes. A loss counts at once, a return only after
+//! a while, so that a node that comes and goes moves no votes.
+
+mod attendance;
+mod survey;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +25,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::*;
 use crate::state::ClusterState;
+
+pub use attendance::{Attendance, Heard, Unfit};
+pub use survey::{Seat, Survey, Why, survey};
 
 /// As many votes as one agreement should wait for, at most.
 pub const VOTES: usize = 5;
@@ -38,19 +46,20 @@ pub struct Seats {
     pub learners: BTreeSet<NodeId>,
 }
 
-/// Chooses who votes. `voting` votes now, `silent` are the participants that have
-/// acknowledged nothing for [`SILENT_MS`].
+/// Chooses who votes. `voting` votes now, `unfit` are the participants that do not
+/// attend well enough ([`Attendance::unfit`]): silent for [`SILENT_MS`], or not
+/// back for long enough to get a vote again.
 ///
 /// Votes are spread over the sites, and within a site they stay where they are:
 /// only a loss, a return that makes room for more votes, or a better spread moves
 /// one.
-pub fn seats(state: &ClusterState, coordinator: NodeId, voting: &BTreeSet<NodeId>, silent: &BTreeSet<NodeId>) -> Seats {
+pub fn seats(state: &ClusterState, coordinator: NodeId, voting: &BTreeSet<NodeId>, unfit: &BTreeSet<NodeId>) -> Seats {
     let fit = |node: &&Node| {
         let lost = matches!(node.membership, Membership::Lost { .. });
-        node.id == coordinator || !lost && !silent.contains(&node.id)
+        node.id == coordinator || !lost && !unfit.contains(&node.id)
     };
     let fit: Vec<_> = state.nodes.values().filter(fit).collect();
-    let witness = state.witness.as_ref().map(|witness| witness.id).filter(|id| !silent.contains(id));
+    let witness = state.witness.as_ref().map(|witness| witness.id).filter(|id| !unfit.contains(id));
     let odd = |count: usize| count - (count + 1) % 2;
     let (from_nodes, from_witness) = match (fit.len(), witness) {
         (0, _) => (0, None),
@@ -100,10 +109,10 @@ pub fn witness_host(state: &ClusterState, coordinator: NodeId, silent: &BTreeSet
 mod tests {
     use super::*;
 
-    const WITNESS: NodeId = NodeId::witness(1);
+    pub(super) const WITNESS: NodeId = NodeId::witness(1);
 
     /// Nodes 1 to `sites.len()`, all up, each with its site; `-` for none.
-    fn cluster(sites: &[&str], witness: bool) -> ClusterState {
+    pub(super) fn cluster(sites: &[&str], witness: bool) -> ClusterState {
         let mut state = ClusterState::default();
         for (index, site) in sites.iter().enumerate() {
             let id = NodeId(index as u64 + 1);
@@ -127,7 +136,7 @@ mod tests {
         state
     }
 
-    fn ids(ids: &[u64]) -> BTreeSet<NodeId> {
+    pub(super) fn ids(ids: &[u64]) -> BTreeSet<NodeId> {
         ids.iter().copied().map(NodeId).collect()
     }
 
