@@ -86,8 +86,15 @@ impl Consensus {
         }
         let held = recovered.vote.is_some() || !recovered.entries.is_empty() || last_in_snapshot.is_some();
         let voters = last_voters(&recovered, stored.as_ref());
-        // Nobody can be elected without this node's vote, and nobody else relies on it.
-        let sole = voters == [BTreeSet::from([settings.me.0])];
+        // Nobody can be elected without this node's vote, and nobody else relies on it,
+        // unless it has voted for another: the last list of members that it has may
+        // be older than the one by which that other was elected. It was the only
+        // voter, began to give votes away, lost its power before the new list was on
+        // its disk, came back, voted for a node that had the list, acknowledged its
+        // heartbeats without having its log yet, and was restarted once more: by its
+        // log it is the only voter still, but there is a coordinator that counts on it.
+        let elected_none = recovered.vote.is_none_or(|vote| vote.node == settings.me.0);
+        let sole = elected_none && voters == [BTreeSet::from([settings.me.0])];
         let held = held && !sole;
         let (trouble, troubled) = watch::channel(None);
         let machine = Machine::open(medium.clone(), stored, trouble.clone())?;

@@ -28,7 +28,8 @@
 //!   CLOCK_MONOTONIC: one that sleeps holds still longer, never shorter.
 //! * A restarted voter has forgotten its lease (`src/storage/helper.rs` starts it
 //!   with length zero). So a node that finds anything in its directory neither
-//!   votes nor campaigns for `hold` after its start, unless it is the only voter.
+//!   votes nor campaigns for `hold` after its start, unless it is the only voter and
+//!   no other node can have been elected with its vote ([`Consensus::start`]).
 //! * The coordinator is a voter too, and counts itself in the majority. It refuses
 //!   votes for `hold` after its own last acknowledged quorum ([`Consensus::handle`]).
 //! * A restarted coordinator is no coordinator (`enable_leader_restore` is off).
@@ -38,7 +39,9 @@
 //!   even if the hand-over fails. A removed coordinator would hand over by itself;
 //!   [`Consensus::set_members`] does not remove it.
 //! * Changing voters: both sets must acknowledge while they change, and a new set
-//!   alone elects nobody before the change is committed in both.
+//!   alone elects nobody before the change is committed in both. So whoever could be
+//!   elected needs a majority of the set that this node counts last: an older list
+//!   of members needs it as the old half, a newer one comes from this node alone.
 //!
 //! **Before calling [`Consensus::transfer`] the caller stops granting leases**, and
 //! lets no grant out that it has decided on but not yet sent. The successor waits
@@ -65,6 +68,7 @@ mod wal;
 
 pub use consensus::{Consensus, MAX_PROPOSAL_BYTES};
 pub use error::{ConsensusError, ProposeError, RpcError, TransportError};
+pub use members::Participants;
 pub use settings::Settings;
 pub use standing::{Role, Standing};
 pub use transport::{RpcKind, Transport};

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use holdfast_core::NodeId;
+use holdfast_core::quorum::Heard;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::{BasicNode, ChangeMembers, ServerState};
@@ -17,8 +18,19 @@ use crate::types::{Metrics, Types};
 
 /// One change of the member list.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(5);
-/// For a new voter to receive what the log and the snapshot hold.
-const CATCH_UP_DEADLINE: Duration = Duration::from_secs(20);
+/// For a new voter to receive what the log and the snapshot hold. Other changes
+/// wait meanwhile, so whoever has much to receive should be a learner first, until
+/// [`Consensus::participants`] shows that it is close.
+const CATCH_UP_DEADLINE: Duration = Duration::from_secs(3);
+
+/// Who takes part in consensus, as the coordinator sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Participants {
+    /// Who votes: two sets while voters change.
+    pub voters: Vec<BTreeSet<NodeId>>,
+    /// What was heard of everybody else who takes part, in the current term.
+    pub heard: BTreeMap<NodeId, Heard>,
+}
 
 impl Consensus {
     /// Makes the members equal to `voters` and `learners`, with these addresses.
@@ -70,6 +82,25 @@ impl Consensus {
             self.change(ChangeMembers::RemoveNodes(gone)).await?;
         }
         Ok(())
+    }
+
+    /// Who votes and what was heard of everybody; `None` unless this node coordinates.
+    pub fn participants(&self) -> Option<Participants> {
+        let metrics = self.leading().ok()?;
+        let last = metrics.last_log_index.unwrap_or(0);
+        let stamps = &self.inner.node.wire.stamps;
+        let heard = |id: &u64| {
+            let progress = metrics.replication.as_ref().and_then(|progress| progress.get(id).copied().flatten());
+            let behind = progress.map(|matched| last.saturating_sub(matched.index));
+            Heard { acknowledged: stamps.of(metrics.current_term, *id), behind }
+        };
+        let members = &metrics.membership_config;
+        let sets = members.get_joint_config().iter();
+        let others = members.nodes().map(|(id, _)| id).filter(|id| **id != self.me());
+        Some(Participants {
+            voters: sets.map(|set| set.iter().copied().map(NodeId).collect()).collect(),
+            heard: others.map(|id| (NodeId(*id), heard(id))).collect(),
+        })
     }
 
     async fn change(&self, change: ChangeMembers<u64, BasicNode>) -> Result<(), ConsensusError> {

@@ -169,6 +169,66 @@ async fn a_sole_voter_keeps_its_authority_and_restarts_at_once() {
     lab.stop().await;
 }
 
+/// By its log it is the only voter. But it has acknowledged another coordinator,
+/// which was elected by a newer list of members and relies on that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sole_voter_by_its_log_that_voted_for_another_keeps_still_after_a_restart() {
+    let mut lab = Lab::cluster(1).await;
+    let vote = |node: u64, won: bool| format!(r#"{{"leader_id":{{"term":9,"voted_for":{node}}},"committed":{won}}}"#);
+    let heartbeat = format!(r#"{{"vote":{},"prev_log_id":null,"entries":[],"leader_commit":null}}"#, vote(2, true));
+    let node = lab.node(1);
+    node.handle(RpcKind::Heartbeat, heartbeat.into()).await.expect("a later term's coordinator is accepted");
+    lab.wait(1, |standing| standing.coordinator == Some(NodeId(2))).await;
+    node.stop().await;
+    let restarted = boot_time();
+    lab.start(1).await;
+    let request = vote(3, false).replace('9', "10");
+    let ballot = format!(
+        r#"{{"prospect":false,"request":{{"vote":{request},"last_log_id":null,"leadership_transfer":false}}}}"#
+    );
+    assert_eq!(lab.node(1).handle(RpcKind::Vote, ballot.into()).await, Err(RpcError::VoteWithheld));
+    lab.coordinator_among(&[1]).await;
+    let Role::Coordinator { since } = lab.standing(1).me else {
+        panic!("a coordinator");
+    };
+    let hold = Settings::new(NodeId(0), "").election_ms.1;
+    assert!(since.ms_since(restarted) >= hold, "{} ms", since.ms_since(restarted));
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn votes_follow_the_losses_down_to_one_and_grow_again() {
+    let mut lab = Lab::cluster(5).await;
+    let learners = |left: &[u64]| {
+        (1..=5).filter(|id| !left.contains(id)).map(|id| (NodeId(id), format!("node-{id}"))).collect::<BTreeMap<_, _>>()
+    };
+    let voters = |ids: &[u64]| ids.iter().map(|id| (NodeId(*id), format!("node-{id}"))).collect::<BTreeMap<_, _>>();
+    let first = lab.node(1);
+    let steps: [(&[u64], u64); 4] = [(&[1, 2, 3], 5), (&[1, 2, 3], 4), (&[1], 3), (&[1], 2)];
+    for (left, lost) in steps {
+        lab.kill(lost);
+        first.set_members(voters(left), learners(left)).await.expect("a majority of both sets is there");
+        lab.propose(1, &[&format!("without-{lost}")]).await;
+    }
+    let participants = first.participants().expect("it coordinates");
+    assert_eq!(participants.voters, [[NodeId(1)].into()]);
+    assert_eq!(participants.heard.len(), 4, "the others listen, if they can");
+    lab.wait(1, |standing| standing.quorum_acked.is_some()).await;
+    for id in 2..=5 {
+        lab.start(id).await;
+        lab.state_with(id, &["without-2"]).await;
+    }
+    let heard = first.participants().expect("it coordinates").heard;
+    assert!(heard.values().all(|heard| heard.acknowledged.is_some() && heard.behind.is_some()), "{heard:?}");
+    first.set_members(voters(&[1, 2, 3, 4, 5]), BTreeMap::new()).await.expect("all are back");
+    lab.kill(1);
+    let next = lab.coordinator_among(&[2, 3, 4, 5]).await;
+    lab.state_with(next, &["without-5", "without-4", "without-3", "without-2"]).await;
+    let other = if next == 2 { 3 } else { 2 };
+    assert_eq!(lab.node(other).participants(), None, "only the coordinator knows");
+    lab.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn members_come_move_and_go() {
     let mut lab = Lab::cluster(3).await;
