@@ -39,10 +39,10 @@ pub struct ClusterView {
 /// How many voters are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Quorum {
-    /// Nodes that vote.
+    /// Nodes that vote, and the witness when it does.
     pub voters: usize,
-    /// Those of them that the coordinator answered within the last lease; 0 when
-    /// there is no coordinator.
+    /// Those of them that acknowledged something to the coordinator a moment ago; 0
+    /// when there is no coordinator.
     pub connected: usize,
     /// How many have to be connected.
     pub needed: usize,
@@ -83,6 +83,9 @@ pub enum ProfileName {
 pub struct FoundCluster {
     /// Its name: 1 to 63 letters, digits, `-`, `_` or `.`.
     pub name: String,
+    /// The site at which its first node stands; what its configuration says when absent.
+    #[serde(default)]
+    pub site: Option<String>,
 }
 
 /// A cluster was founded.

@@ -22,6 +22,9 @@ pub struct NodeView {
     pub coordinator: bool,
     /// Whether it votes.
     pub voter: bool,
+    /// The site at which it stands.
+    #[serde(default)]
+    pub site: Option<String>,
     /// For how long the coordinator has not answered it; absent when unknown.
     pub silent_ms: Option<u64>,
     /// How QEMU runs guests there: `kvm` or `tcg`.
@@ -89,6 +92,17 @@ pub struct JoinCluster {
     pub address: String,
     /// The join token.
     pub token: String,
+    /// The site at which the host stands; what its configuration says when absent.
+    #[serde(default)]
+    pub site: Option<String>,
+}
+
+/// Changes what is said of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetNode {
+    /// The site at which it stands: votes are spread over sites. `none` takes it back.
+    pub site: String,
 }
 
 /// Makes a join token.

@@ -16,6 +16,9 @@ pub const DEFAULT_PATH: &str = "/etc/holdfast/config.toml";
 pub struct Config {
     /// This host's name in the cluster; its host name when empty.
     pub node_name: String,
+    /// The site at which this host stands when it founds or joins a cluster; none
+    /// when empty.
+    pub site: String,
     /// What this host has to keep: identity and log.
     pub state_dir: PathBuf,
     /// Sockets, and everything that is worth nothing after a reboot.
@@ -46,6 +49,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             node_name: String::new(),
+            site: String::new(),
             state_dir: "/var/lib/holdfast".into(),
             run_dir: "/run/holdfast".into(),
             volumes_dir: "/clusterstorage".into(),
@@ -90,6 +94,7 @@ impl Config {
             }
         };
         set("HOLDFAST_NODE_NAME", &mut self.node_name);
+        set("HOLDFAST_SITE", &mut self.site);
         set("HOLDFAST_MEMORY", &mut self.memory);
         set("HOLDFAST_RESERVE_MEMORY", &mut self.reserve_memory);
         set("HOLDFAST_LOG", &mut self.log);
@@ -131,6 +136,11 @@ impl Config {
         }
         parse_size(&self.reserve_memory)?;
         Ok(())
+    }
+
+    /// The site at which this host stands, if it was said.
+    pub fn site(&self) -> Option<String> {
+        (!self.site.is_empty()).then(|| self.site.clone())
     }
 
     /// This host's name in the cluster.

@@ -61,7 +61,7 @@ pub struct FormTimes {
     pub founded: Duration,
     /// The last node had joined.
     pub joined: Duration,
-    /// Every node was up and voting, and reached the volume.
+    /// Every node was up and acknowledged, the votes were settled, the volume reached.
     pub ready: Duration,
 }
 
@@ -180,7 +180,7 @@ impl Cluster {
     /// When a node refuses or does not answer.
     pub fn join(&self, name: &str) -> Result<api::NodeView, ApiError> {
         let line = self.any()?.make_join_token(&api::MakeJoinToken::default())?;
-        self.client(name).join(&api::JoinCluster { address: line.address, token: line.token })
+        self.client(name).join(&api::JoinCluster { address: line.address, token: line.token, site: None })
     }
 
     fn name_networks(&self, node: &str, hosts: usize) -> Result<()> {
@@ -208,20 +208,35 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until every node is up, votes and reaches every volume.
+    /// Waits until every node is up and reaches every volume, and the votes are where
+    /// they belong.
     ///
     /// # Errors
     /// When that does not come true within `deadline`.
     pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
-        self.wait("every node up and voting, and reaching every volume", deadline, |client| {
+        self.wait("every node up and acknowledging, the votes settled, every volume reached", deadline, |client| {
             let nodes = client.nodes().ok()?;
-            let up = nodes.iter().all(|node| node.state == api::NodeState::Up && node.voter);
+            let up = nodes.iter().all(|node| node.state == api::NodeState::Up);
             let volumes = client.volumes().ok()?;
             let reached = volumes.iter().all(|volume| {
                 volume.reach.len() == nodes.len() && volume.reach.iter().all(|reach| reach.ok == Some(true))
             });
-            let connected = client.cluster().ok()?.quorum.connected == nodes.len();
-            (up && reached && connected).then_some(())
+            let quorum = client.quorum().ok()?;
+            // An odd number of votes, five at most, the witness where the nodes are even.
+            let witness = quorum.seats.iter().any(|seat| seat.witness && seat.present == Some(true));
+            let votes = match (nodes.len().min(5), witness) {
+                (even, witness) if even % 2 == 0 => {
+                    if witness {
+                        even + 1
+                    } else {
+                        even - 1
+                    }
+                }
+                (odd, _) => odd,
+            };
+            let full = quorum.settled && quorum.votes == votes && quorum.present == votes;
+            let there = quorum.seats.iter().all(|seat| seat.witness || seat.present == Some(true));
+            (up && reached && full && there).then_some(())
         })
     }
 

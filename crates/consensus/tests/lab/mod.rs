@@ -35,8 +35,14 @@ pub fn add_token(name: &str) -> Proposal {
 /// Founds the cluster, which the state wants before anything else.
 pub fn found() -> Proposal {
     let cluster = Cluster { name: "a-cluster".into(), ..Cluster::default() };
-    let node =
-        NewNode { name: "one".into(), port: 1, heartbeat_port: 2, heartbeat_key: [0; 32], facts: NodeFacts::default() };
+    let node = NewNode {
+        name: "one".into(),
+        port: 1,
+        heartbeat_port: 2,
+        heartbeat_key: [0; 32],
+        facts: NodeFacts::default(),
+        site: None,
+    };
     proposal(Command::Found { cluster, node })
 }
 

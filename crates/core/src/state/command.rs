@@ -1,5 +1,7 @@
 //! Commands: every way in which the state can change.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -71,6 +73,18 @@ pub enum Command {
         term: NodeTerm,
         /// What went wrong.
         why: String,
+    },
+    /// Says where a node stands; votes are spread over sites.
+    SetSite {
+        /// Which.
+        node: NodeId,
+        /// The site's name; none takes it back.
+        site: Option<String>,
+    },
+    /// The votes have moved: consensus has these voters now.
+    VotesMoved {
+        /// All of them.
+        voters: BTreeSet<NodeId>,
     },
     /// Chooses how fast a lost node is noticed.
     SetProfile {
@@ -192,6 +206,9 @@ pub struct NewNode {
     pub heartbeat_key: [u8; 32],
     /// What it says of itself.
     pub facts: NodeFacts,
+    /// Where it stands.
+    #[serde(default)]
+    pub site: Option<String>,
 }
 
 /// A command on its way through consensus.

@@ -4,6 +4,7 @@ use crate::model::*;
 
 use super::ClusterState;
 use super::command::{Command, NewNode, Proposal, Refusal, Reply};
+use super::votes::valid_site;
 
 pub(super) type Executed = Result<Reply, Refusal>;
 
@@ -27,6 +28,8 @@ impl ClusterState {
             Command::FenceTested { node, agent, test } => self.fence_tested(node, &agent, test),
             Command::AskFence { node } => self.ask_fence(at_ms, by, node),
             Command::FenceFailed { node, term, why } => self.fence_failed(at_ms, node, term, &why),
+            Command::SetSite { node, site } => self.set_site(at_ms, by, node, site),
+            Command::VotesMoved { voters } => Ok(self.votes_moved(at_ms, voters)),
             Command::SetProfile { profile } => {
                 let (old, new) = (self.settings.longest_lease, profile.timing());
                 self.settings.profile = profile;
@@ -126,6 +129,7 @@ impl ClusterState {
         }
         valid_name("cluster", &cluster.name)?;
         valid_name("node", &node.name)?;
+        valid_site(node.site.as_deref())?;
         self.event(at_ms, Severity::Info, "cluster", format!("{} founded it as {:?}", node.name, cluster.name));
         self.cluster = cluster;
         Ok(Reply::Node(self.admit_host(at_ms, node)))
@@ -142,6 +146,7 @@ impl ClusterState {
             Some(_) => {}
         }
         valid_name("node", &node.name)?;
+        valid_site(node.site.as_deref())?;
         if self.node_named(&node.name).is_some() {
             return Err(Refusal::duplicate("node", &node.name));
         }
@@ -166,7 +171,7 @@ impl ClusterState {
             incarnation: Incarnation(0),
             facts: new.facts,
             joined_ms: at_ms,
-            site: None,
+            site: new.site,
         };
         self.nodes.insert(id, node);
         self.find_networks();

@@ -6,8 +6,9 @@ mod decisions;
 mod fencing;
 mod jobs;
 mod vms;
+mod votes;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,10 @@ pub struct ClusterState {
     pub nodes: BTreeMap<NodeId, Node>,
     /// The last node id that was given.
     pub last_node: NodeId,
+    /// Who votes in consensus, as the coordinator told last: for the events that say
+    /// which votes moved. Consensus keeps the list that counts.
+    #[serde(default)]
+    pub voters: BTreeSet<NodeId>,
     /// The vote without a host.
     #[serde(default)]
     pub witness: Option<Witness>,

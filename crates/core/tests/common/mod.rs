@@ -27,7 +27,14 @@ pub fn facts(memory_mib: u64) -> NodeFacts {
 }
 
 pub fn new_node(name: &str, memory_mib: u64) -> NewNode {
-    NewNode { name: name.into(), port: 7001, heartbeat_port: 7002, heartbeat_key: [7; 32], facts: facts(memory_mib) }
+    NewNode {
+        name: name.into(),
+        port: 7001,
+        heartbeat_port: 7002,
+        heartbeat_key: [7; 32],
+        facts: facts(memory_mib),
+        site: None,
+    }
 }
 
 pub fn spec(memory_mib: u64, priority: Priority) -> VmSpec {

@@ -19,12 +19,8 @@ use crate::realtime::boot_time;
 const EVERY: Duration = Duration::from_millis(500);
 /// A keeper that was not heard for so many heartbeats is not asking for a lease.
 const HEARD_WITHIN_HEARTBEATS: u64 = 5;
-/// How often a failed change of the members is tried again.
-const MEMBERS_AGAIN: Duration = Duration::from_secs(1);
 /// A network on which a node was not heard for so long does not carry its heartbeats.
 const UNHEARD_MS: u64 = 2000;
-/// As many voters as one agreement should wait for, at most.
-const VOTERS: usize = 5;
 
 /// What the coordinator sees, from its lease thread and from reports.
 pub fn observe(member: &Member) -> Observed {
@@ -147,8 +143,8 @@ impl Agent {
         }
         // Each coordinatorship begins without any.
         lend_authority(member);
-        let members = tokio::spawn(self.clone().keep_members(member));
         let fencing = tokio::spawn(self.clone().keep_fencing(member));
+        let members = tokio::spawn(self.clone().keep_members(member, since));
         let mut known = Vec::new();
         // When the lease thread began to grant the current, perhaps shorter leases.
         let mut timing_since = (state.borrow().settings.profile, boot_time());
@@ -207,53 +203,6 @@ impl Agent {
             Err(error) => tracing::debug!(%error, "a plan was not proposed"),
         }
     }
-
-    /// Makes the members of consensus follow the nodes of the cluster.
-    async fn keep_members(self, member: &'static Member) {
-        let mut state = member.consensus.state();
-        let mut settled = None;
-        loop {
-            let wanted = voters_and_learners(&state.borrow_and_update());
-            if !wanted.0.is_empty() && !wanted.0.contains_key(&member.me) {
-                // This node was removed, or does not vote any more: another decides.
-                self.hand_over(member, &wanted.0).await;
-            } else if !wanted.0.is_empty() && settled.as_ref() != Some(&wanted) {
-                match member.consensus.set_members(wanted.0.clone(), wanted.1.clone()).await {
-                    Ok(()) => settled = Some(wanted),
-                    Err(error) => tracing::warn!(%error, "the members of consensus do not follow the nodes yet"),
-                }
-            }
-            let pause = if settled.is_some() { Duration::from_secs(3600) } else { MEMBERS_AGAIN };
-            let _ = timeout(pause, state.changed()).await;
-        }
-    }
-}
-
-impl Agent {
-    /// Hands the coordination to the first voter that takes it. No lease is granted
-    /// from here on: the voters may elect another coordinator at any moment.
-    async fn hand_over(&self, member: &'static Member, voters: &Addresses) {
-        member.leases.set_authority(Authority::NONE);
-        for to in voters.keys() {
-            match member.consensus.transfer(*to).await {
-                Ok(()) => return,
-                Err(error) => tracing::warn!(%error, %to, "the coordination was not handed over"),
-            }
-        }
-    }
-}
-
-type Addresses = std::collections::BTreeMap<NodeId, String>;
-
-/// The oldest nodes vote, the others only receive the log.
-fn voters_and_learners(state: &ClusterState) -> (Addresses, Addresses) {
-    let with_address = |node: &Node| {
-        let addresses: Vec<_> = super::peers::addresses(state, node).iter().map(ToString::to_string).collect();
-        (node.id, addresses.join(","))
-    };
-    let mut nodes = state.nodes.values().map(with_address);
-    let voters = nodes.by_ref().take(VOTERS).collect();
-    (voters, nodes.collect())
 }
 
 /// The next decisions, if any, after an independent judge has passed them.

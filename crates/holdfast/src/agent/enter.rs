@@ -18,7 +18,7 @@ use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
 use super::peers::{ConsensusLane, Peers, addresses, heartbeat_addresses};
-use super::{Agent, Failure, Member, guests, now_ms, report, rpc};
+use super::{Agent, Failure, Member, guests, members, now_ms, report, rpc};
 use crate::heartbeat::SecretKey;
 use crate::identity::{self, Identity};
 use crate::keeper::protocol::{Configuration, PeerAddresses, Request};
@@ -99,6 +99,7 @@ impl Agent {
             leases,
             reports: report::Reports::new(),
             fences: super::fencing::Fences::default(),
+            roll: members::Roll::new(),
             guests: guests::Guests::default(),
         }));
         if self.0.member.set(member).is_err() {
@@ -198,12 +199,12 @@ impl Agent {
     ///
     /// # Errors
     /// This host is in a cluster already, or has no address, or its disk fails.
-    pub async fn found(&self, by: &str, name: &str) -> Result<JoinLine, Failure> {
+    pub async fn found(&self, by: &str, name: &str, site: Option<String>) -> Result<JoinLine, Failure> {
         let _one = self.0.entering.lock().await;
         self.not_in_a_cluster_yet()?;
         state::valid_name("cluster", name)?;
         let heartbeat = SecretKey::generate().map_err(broken)?;
-        let node = self.new_node(&heartbeat).await?;
+        let node = self.new_node(&heartbeat, site).await?;
         let id = Uuid::new_v4();
         let (ca_certificate, ca_key) = identity::new_authority(name).map_err(broken)?;
         let (key, request) = identity::new_request().map_err(broken)?;
@@ -247,7 +248,7 @@ impl Agent {
         std::fs::rename(&log, &aside).map_err(broken)
     }
 
-    async fn new_node(&self, heartbeat: &SecretKey) -> Result<NewNode, Failure> {
+    async fn new_node(&self, heartbeat: &SecretKey, site: Option<String>) -> Result<NewNode, Failure> {
         let facts = self.facts().await.map_err(broken)?;
         if facts.addresses.is_empty() {
             let why = "this host has no network address that a cluster could use: give an interface an address, or look at `ignore_interfaces` in the configuration";
@@ -256,7 +257,8 @@ impl Agent {
         let name = self.0.config.name();
         state::valid_name("node", &name)?;
         let port = self.0.config.port;
-        Ok(NewNode { name, port, heartbeat_port: port, heartbeat_key: heartbeat.public(), facts })
+        let site = site.or_else(|| self.0.config.site());
+        Ok(NewNode { name, port, heartbeat_port: port, heartbeat_key: heartbeat.public(), facts, site })
     }
 
     /// Makes a join token that is good for one host, for `valid_s` seconds.
@@ -293,7 +295,7 @@ impl Agent {
     /// # Errors
     /// This host is in a cluster already; the member cannot be reached, is not the
     /// one that the token was made for, or refuses.
-    pub async fn join(&self, address: &str, token: &str) -> Result<NodeId, Failure> {
+    pub async fn join(&self, address: &str, token: &str, site: Option<String>) -> Result<NodeId, Failure> {
         let _one = self.0.entering.lock().await;
         self.not_in_a_cluster_yet()?;
         let malformed = || {
@@ -306,7 +308,7 @@ impl Agent {
             return Err(malformed());
         }
         let heartbeat = SecretKey::generate().map_err(broken)?;
-        let node = self.new_node(&heartbeat).await?;
+        let node = self.new_node(&heartbeat, site).await?;
         let (key, certificate_request) = identity::new_request().map_err(broken)?;
         let request = JoinRequest { secret: secret.to_owned(), clock_ms: now_ms(), node, certificate_request };
         let asked = timeout(JOIN_DEADLINE, ask_to_join(address, self.0.config.port, pin, &request)).await;

@@ -16,6 +16,7 @@ mod fencing;
 mod guest;
 mod guests;
 mod keeper_link;
+mod members;
 pub mod peers;
 mod report;
 pub mod rpc;
@@ -84,6 +85,7 @@ struct Member {
     leases: Leases,
     reports: report::Reports,
     fences: fencing::Fences,
+    roll: members::Roll,
     guests: guests::Guests,
 }
 

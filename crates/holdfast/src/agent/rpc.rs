@@ -16,7 +16,7 @@ use super::enter::{JoinAnswer, JoinRefusal, JoinRequest};
 use super::fencing::FenceTestCall;
 use super::report::Numbered;
 use super::volumes::{Probe, Probed};
-use super::{Agent, Attempt, CONSOLE_PROTOCOL, Failure, Member, Proposed, coordinator};
+use super::{Agent, Attempt, CONSOLE_PROTOCOL, Failure, Member, Proposed, coordinator, members};
 use crate::http::{ApiError, Peer};
 
 /// Has a proposal agreed on.
@@ -25,6 +25,8 @@ pub const PROPOSE: &str = "/node/propose";
 pub const REPORT: &str = "/node/report";
 /// Tells what the coordinator sees.
 pub const OBSERVED: &str = "/node/observed";
+/// Tells how the quorum stands.
+pub const QUORUM: &str = "/node/quorum";
 /// Looks at a directory that is to become a volume.
 pub const PROBE: &str = "/node/probe-volume";
 /// Tries out the power fencing of a third node.
@@ -90,6 +92,7 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
         .route(PROPOSE, post(propose))
         .route(REPORT, post(report))
         .route(OBSERVED, post(observed))
+        .route(QUORUM, post(quorum))
         .route(PROBE, post(probe))
         .route(FENCE_TEST, post(fence_test))
         .route("/node/vms/{vm}/announce", post(announce))
@@ -131,6 +134,13 @@ async fn observed(State(context): State<Context>) -> Response {
         return (StatusCode::MISDIRECTED_REQUEST, "this node is not the coordinator").into_response();
     }
     Json(coordinator::observe(context.member).nodes).into_response()
+}
+
+async fn quorum(State(context): State<Context>) -> Response {
+    match members::surveyed(context.member) {
+        Some(survey) => Json(survey).into_response(),
+        None => (StatusCode::MISDIRECTED_REQUEST, "this node is not the coordinator").into_response(),
+    }
 }
 
 async fn probe(State(context): State<Context>, Json(probe): Json<Probe>) -> Json<Probed> {

@@ -7,9 +7,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 mod fencing;
+mod quorum;
 mod vm;
 
 pub use fencing::*;
+pub use quorum::*;
 pub use vm::*;
 
 /// Failover clusters of virtual machines for Linux.
@@ -84,6 +86,8 @@ pub enum Command {
     Cluster(Group<ClusterCommand>),
     /// The cluster's nodes: hosts that run VMs.
     Node(Group<NodeCommand>),
+    /// Who votes and why, and how many more losses the cluster survives.
+    Quorum(Group<QuorumCommand>),
     /// Networks that the nodes share.
     Network(Group<NetworkCommand>),
     /// Virtual switches, which NICs are plugged into.
@@ -155,6 +159,9 @@ pub enum ClusterCommand {
         /// The cluster's name.
         #[arg(long)]
         name: String,
+        /// The site at which this host stands: votes are spread over sites.
+        #[arg(long)]
+        site: Option<String>,
     },
     /// How the cluster stands.
     Status,
@@ -188,6 +195,14 @@ pub enum NodeCommand {
         /// Its name.
         name: String,
     },
+    /// Change what is said of a node.
+    Set {
+        /// Its name.
+        name: String,
+        /// The site at which it stands, or `none`: votes are spread over sites.
+        #[arg(long, value_name = "SITE|none")]
+        site: String,
+    },
     /// Remove a node. No VM may be on it, unless it is lost.
     Remove {
         /// Its name.
@@ -200,6 +215,9 @@ pub enum NodeCommand {
         /// The join token (`holdfast node token` on a member).
         #[arg(long, value_name = "TOKEN")]
         token: String,
+        /// The site at which this host stands: votes are spread over sites.
+        #[arg(long)]
+        site: Option<String>,
     },
     /// Power fencing: how a node's host can be switched off from another node.
     Fencing {
@@ -406,6 +424,10 @@ mod tests {
             "--json node list",
             "node show n1",
             "node remove n1",
+            "node set n1 --site east",
+            "node join 10.0.0.1 --token abc --site west",
+            "cluster init --name prod --site east",
+            "quorum show --json",
             "node join 10.0.0.1:7400 --token abc",
             "node token --valid 5 --json",
             "network list",

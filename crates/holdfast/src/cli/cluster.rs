@@ -12,8 +12,8 @@ use super::{Done, fencing, output};
 /// `holdfast cluster`.
 pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Done {
     match command {
-        ClusterCommand::Init { name } => {
-            let founded: api::Founded = client.post("/api/v1/cluster", &api::FoundCluster { name }).await?;
+        ClusterCommand::Init { name, site } => {
+            let founded: api::Founded = client.post("/api/v1/cluster", &api::FoundCluster { name, site }).await?;
             if json {
                 return output::json(&founded);
             }
@@ -108,12 +108,21 @@ pub async fn node(client: &Client, command: NodeCommand, json: bool) -> Done {
                 false => show_node(&node),
             }
         }
+        NodeCommand::Set { name, site } => {
+            let request = api::SetNode { site };
+            let path = format!("/api/v1/nodes/{}", segment(&name));
+            let node: api::NodeView = client.send_json(Method::PATCH, &path, &request).await?;
+            match json {
+                true => output::json(&node),
+                false => show_node(&node),
+            }
+        }
         NodeCommand::Remove { name } => {
             let () = client.delete(&format!("/api/v1/nodes/{}", segment(&name))).await?;
             done(json, format!("Node {name} is removed."))
         }
-        NodeCommand::Join { address, token } => {
-            let request = api::JoinCluster { address, token };
+        NodeCommand::Join { address, token, site } => {
+            let request = api::JoinCluster { address, token, site };
             let node: api::NodeView = client.post("/api/v1/join-cluster", &request).await?;
             match json {
                 true => output::json(&node),
@@ -160,6 +169,7 @@ fn show_node(node: &api::NodeView) -> Done {
         ("term", node.term.to_string()),
         ("coordinator", output::yes(node.coordinator)),
         ("voter", output::yes(node.voter)),
+        ("site", output::or_dash(node.site.as_ref())),
         ("accelerator", accelerator),
         ("qemu", node.qemu.clone().unwrap_or_else(|| "missing, or older than 7.2".into())),
         ("newest machine", output::or_dash(node.newest_machine.as_ref())),

@@ -9,6 +9,7 @@ mod documents;
 mod fencing;
 mod job;
 mod output;
+mod quorum;
 mod vm;
 
 use std::process::ExitCode;
@@ -66,6 +67,7 @@ async fn dispatch(cli: Cli) -> Done {
     match cli.command {
         Command::Cluster(args) => cluster::cluster(&client()?, args.command, json || args.format.json).await,
         Command::Node(args) => cluster::node(&client()?, args.command, json || args.format.json).await,
+        Command::Quorum(args) => quorum::quorum(&client()?, args.command, json || args.format.json).await,
         Command::Network(args) => cluster::network(&client()?, args.command, json || args.format.json).await,
         Command::Switch(args) => cluster::switch(&client()?, args.command, json || args.format.json).await,
         Command::Volume(args) => cluster::volume(&client()?, args.command, json || args.format.json).await,

@@ -34,10 +34,16 @@ pub fn text(state: &ClusterState, from: Vantage<'_>) -> Result<String, std::fmt:
             (from.me.is_some() && from.me == from.coordinator).into(),
         );
         single("raft_term", "The term of consensus", bytes(from.term));
-        single("voters", "Nodes that vote", count(cluster.quorum.voters));
+        single("voters", "Nodes that vote, and the witness when it does", count(cluster.quorum.voters));
+        single("votes_needed", "Votes that an agreement needs", count(cluster.quorum.needed));
+        single(
+            "votes_spare",
+            "Votes that may be lost at once, whichever they are",
+            count(views::quorum(state, from).survives_at_once),
+        );
         single(
             "voters_connected",
-            "Voters that the coordinator answered within the last lease",
+            "Voters that acknowledged something to the coordinator a moment ago",
             count(cluster.quorum.connected),
         );
         single("warnings", "Conditions that somebody should look at", count(cluster.warnings.len()));
@@ -51,6 +57,9 @@ pub fn text(state: &ClusterState, from: Vantage<'_>) -> Result<String, std::fmt:
         registry.register(name, help, family);
     };
     let label = |key: &str, value: String| (key.to_owned(), value);
+    let seats = views::quorum(state, from).seats;
+    let vote = |seat: &holdfast_api::SeatView| (vec![label("participant", seat.name.clone())], seat.votes.into());
+    family("vote", "Whether a participant of consensus votes", seats.iter().map(vote).collect());
     let nodes = || state.nodes.values().map(|node| views::node(state, node, from));
     let by_node = |value: fn(&holdfast_api::NodeView) -> Option<i64>| {
         nodes().filter_map(|node| Some((vec![label("node", node.name.clone())], value(&node)?))).collect::<Vec<_>>()

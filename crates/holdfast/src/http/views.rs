@@ -2,14 +2,17 @@
 //! nodes agree on and, where it helps, from what the coordinator observes.
 
 mod fencing;
+mod quorum;
 mod vm;
 
 use std::collections::BTreeMap;
 
 use holdfast_api as api;
+use holdfast_core::quorum::Survey;
 use holdfast_core::*;
 
 pub use fencing::{fence_test, fencing};
+pub use quorum::quorum;
 #[cfg(test)]
 pub use vm::definition;
 pub use vm::{explanation, vm, vm_state};
@@ -32,11 +35,13 @@ pub struct Vantage<'a> {
     pub trouble: Option<&'a str>,
     /// What the coordinator observes.
     pub observed: Seen<'a>,
+    /// How the quorum stands, by the coordinator's account.
+    pub survey: Option<&'a Survey>,
 }
 
 /// The cluster as a whole.
 pub fn cluster(state: &ClusterState, from: Vantage<'_>) -> api::ClusterView {
-    let quorum = quorum(state, from);
+    let quorum = quorum::figures(from);
     let running = |vm: &&Vm| vm_state(vm) == api::VmState::Running;
     api::ClusterView {
         name: state.cluster.name.clone(),
@@ -57,45 +62,18 @@ pub fn cluster(state: &ClusterState, from: Vantage<'_>) -> api::ClusterView {
             volumes: state.volumes.len(),
             jobs: state.running_jobs().count(),
         },
-        warnings: warnings(state, from, quorum),
+        warnings: warnings(state, from),
         ca_certificate: state.cluster.ca_certificate.clone(),
     }
 }
 
-/// The coordinator counts as connected to itself.
-fn quorum(state: &ClusterState, from: Vantage<'_>) -> api::Quorum {
-    let lease_ms = state.settings.profile.timing().length_ms;
-    let heard = |node: &&NodeId| {
-        from.coordinator == Some(**node)
-            || from.observed.and_then(|observed| observed.get(node)).is_some_and(|seen| seen.silent_ms <= lease_ms)
-    };
-    api::Quorum {
-        voters: from.voters.len(),
-        connected: match from.observed {
-            Some(_) => from.voters.iter().filter(heard).count(),
-            None => 0,
-        },
-        needed: from.voters.len() / 2 + 1,
-    }
-}
-
 /// What somebody should look at.
-fn warnings(state: &ClusterState, from: Vantage<'_>, quorum: api::Quorum) -> Vec<String> {
+fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
     let mut warnings = Vec::new();
     if let (Some(trouble), Some(me)) = (from.trouble, from.me) {
         warnings.push(format!("node {}: {trouble}", state.node_name(me)));
     }
-    if from.observed.is_none() {
-        warnings.push(
-            "no coordinator answers, so nothing can be changed: a majority of the nodes has to be up and connected"
-                .into(),
-        );
-    } else if quorum.connected == quorum.needed && quorum.voters > 1 {
-        warnings.push(format!(
-            "{} of {} voters are connected: if one more is lost, nothing can be changed and no VM restarts elsewhere",
-            quorum.connected, quorum.voters
-        ));
-    }
+    warnings.extend(quorum::warning(state, from));
     for node in state.nodes.values() {
         let name = &node.name;
         match node.membership {
@@ -159,6 +137,7 @@ pub fn node(state: &ClusterState, node: &Node, from: Vantage<'_>) -> api::NodeVi
         term: node.term.0,
         coordinator: from.coordinator == Some(node.id),
         voter: from.voters.contains(&node.id),
+        site: node.site.clone(),
         silent_ms: from.observed.and_then(|observed| observed.get(&node.id)).map(|seen| seen.silent_ms),
         accelerator: node.facts.accelerator.to_string(),
         qemu: node.facts.qemu.clone(),

@@ -218,6 +218,11 @@ requests! {
     test_fencing(node: &str) -> api::FenceTestView = "POST" "/api/v1/nodes/{node}/fence-test", &();
     /// Has a node's host switched off.
     fence(node: &str) -> api::FencingView = "POST" "/api/v1/nodes/{node}/fence", &();
+    /// Who votes and why.
+    quorum() -> api::QuorumView = "GET" "/api/v1/quorum", &();
+    /// Says at which site a node stands.
+    set_site(name: &str, site: &str) -> api::NodeView =
+        "PATCH" "/api/v1/nodes/{name}", &api::SetNode { site: site.into() };
     /// The networks.
     networks() -> Vec<api::NetworkView> = "GET" "/api/v1/networks", &();
     /// The volumes.
@@ -235,7 +240,7 @@ requests! {
     /// The events with an index above `since`.
     events(since: u64) -> Vec<api::Event> = "GET" "/api/v1/events?since={since}", &();
     /// Founds a cluster.
-    found(name: &str) -> api::Founded = "POST" "/api/v1/cluster", &api::FoundCluster { name: name.into() };
+    found(name: &str) -> api::Founded = "POST" "/api/v1/cluster", &api::FoundCluster { name: name.into(), site: None };
     /// Makes the asked host join.
     join(request: &api::JoinCluster) -> api::NodeView = "POST" "/api/v1/join-cluster", request;
     /// Makes a join token.

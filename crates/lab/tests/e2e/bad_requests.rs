@@ -95,7 +95,7 @@ fn bad_volumes(cluster: &Cluster) {
 }
 
 fn line(address: &str, token: &str) -> JoinCluster {
-    JoinCluster { address: address.into(), token: token.into() }
+    JoinCluster { address: address.into(), token: token.into(), site: None }
 }
 
 /// Every file below a directory.

@@ -26,4 +26,5 @@ mod one_way;
 mod partition;
 mod power_loss;
 mod qemu_killed;
+mod quorum;
 mod room;

@@ -275,6 +275,7 @@ impl World {
             heartbeat_port: 7002,
             heartbeat_key: [index as u8 + 1; 32],
             facts: facts(index, memory),
+            site: None,
         };
         let cluster = Cluster {
             name: "sim".into(),

@@ -43,7 +43,7 @@ pub async fn found(
     Extension(Caller(by)): Extension<Caller>,
     Body(request): Body<api::FoundCluster>,
 ) -> Result<(StatusCode, Json<api::Founded>), ApiError> {
-    let join = served.agent.found(&by, &request.name).await?;
+    let join = served.agent.found(&by, &request.name, request.site).await?;
     let founded = api::Founded {
         cluster: view(&served).await?,
         join: api::JoinLine { address: join.address, token: join.token },
@@ -60,7 +60,7 @@ pub async fn join(
     State(served): State<Served>,
     Body(request): Body<api::JoinCluster>,
 ) -> Result<(StatusCode, Json<api::NodeView>), ApiError> {
-    let id = served.agent.join(&request.address, &request.token).await?;
+    let id = served.agent.join(&request.address, &request.token, request.site).await?;
     let mut changes = served.agent.changes();
     let learned = changes.wait_for(|state| state.nodes.contains_key(&id));
     let state = match tokio::time::timeout(LEARN_WITHIN, learned).await {

@@ -6,6 +6,7 @@ mod fencing;
 mod jobs;
 mod networks;
 mod nodes;
+mod quorum;
 mod vms;
 mod volumes;
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 use axum::extract::{FromRequestParts, Query};
 use axum::http::request::Parts;
 use holdfast_consensus::Standing;
+use holdfast_core::quorum::Survey;
 use holdfast_core::*;
 use serde::de::DeserializeOwned;
 use utoipa_axum::router::OpenApiRouter;
@@ -40,11 +42,12 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(cluster::remove_token))
         .routes(routes!(cluster::metrics))
         .routes(routes!(nodes::list))
-        .routes(routes!(nodes::show, nodes::remove))
+        .routes(routes!(nodes::show, nodes::set, nodes::remove))
         .routes(routes!(nodes::make_join_token))
         .routes(routes!(fencing::show, fencing::set, fencing::clear))
         .routes(routes!(fencing::test))
         .routes(routes!(fencing::fence))
+        .routes(routes!(quorum::show))
         .routes(routes!(networks::list))
         .routes(routes!(networks::set))
         .routes(routes!(networks::list_switches, networks::add_switch))
@@ -83,13 +86,22 @@ struct Outlook {
     me: Option<NodeId>,
     standing: Option<Standing>,
     observed: Option<BTreeMap<NodeId, NodeObserved>>,
+    survey: Option<Survey>,
 }
 
 impl Outlook {
     /// Asks the coordinator too, and goes without it when it does not answer.
     async fn take(agent: &Agent) -> Outlook {
-        let asked = tokio::time::timeout(OBSERVED_WITHIN, agent.observed()).await;
-        Outlook { observed: asked.ok().and_then(Result::ok), me: agent.me(), standing: agent.standing() }
+        let (observed, survey) = tokio::join!(
+            tokio::time::timeout(OBSERVED_WITHIN, agent.observed()),
+            tokio::time::timeout(OBSERVED_WITHIN, agent.survey()),
+        );
+        Outlook {
+            observed: observed.ok().and_then(Result::ok),
+            survey: survey.ok().and_then(Result::ok),
+            me: agent.me(),
+            standing: agent.standing(),
+        }
     }
 
     fn vantage(&self) -> Vantage<'_> {
@@ -101,6 +113,7 @@ impl Outlook {
             voters: standing.map_or(&[], |standing| &standing.voters),
             trouble: standing.and_then(|standing| standing.trouble.as_deref()),
             observed: self.observed.as_ref(),
+            survey: self.survey.as_ref(),
         }
     }
 }

@@ -41,6 +41,23 @@ pub async fn show(State(served): State<Served>, Path(name): Path<String>) -> Res
     Ok(Json(views::node(&state, node, outlook.vantage())))
 }
 
+/// Says at which site a node stands.
+#[utoipa::path(patch, path = "/api/v1/nodes/{name}", operation_id = "setNode", tag = "nodes", params(("name" = String, Path)), request_body = api::SetNode, responses(
+    (status = 200, body = api::NodeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn set(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+    Body(request): Body<api::SetNode>,
+) -> Result<Json<api::NodeView>, ApiError> {
+    let node = super::node(&*state(&served.agent)?, &name)?.id;
+    let site = Some(request.site).filter(|site| site != "none");
+    execute(&served.agent, &by, Command::SetSite { node, site }).await?;
+    show(State(served), Path(name)).await
+}
+
 /// Removes a node from the cluster. No VM may be on it, unless it is lost.
 #[utoipa::path(delete, path = "/api/v1/nodes/{name}", operation_id = "removeNode", tag = "nodes", params(("name" = String, Path)), responses(
     (status = 204, description = "it is no node any more"),

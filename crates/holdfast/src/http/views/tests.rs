@@ -1,3 +1,6 @@
+use holdfast_core::lease::BootTime;
+use holdfast_core::quorum::{Attendance, Heard};
+
 use super::*;
 
 /// Two nodes of which the first founded the cluster, made by real commands.
@@ -21,6 +24,7 @@ fn state() -> ClusterState {
             addresses: vec![NodeAddress { interface: "eth0".into(), ip: [10, 0, 0, last].into(), prefix: 24 }],
             ..NodeFacts::default()
         },
+        site: None,
     };
     apply(Command::Found { cluster: Cluster { name: "prod".into(), ..Cluster::default() }, node: new("n1", 1) });
     apply(Command::AddJoinToken { digest: "d".into(), expires_ms: 5000 });
@@ -82,21 +86,56 @@ fn from<'a>(observed: Seen<'a>) -> Vantage<'a> {
         voters: &[NodeId(1), NodeId(2)],
         trouble: None,
         observed,
+        survey: None,
     }
 }
 
+/// By the account of node 1, which has heard node 2 a moment ago.
+fn survey(state: &ClusterState, voters: &[u64]) -> Survey {
+    let (since, now) = (BootTime(0), BootTime(10_000_000));
+    let mut attendance = Attendance::new(since);
+    let heard = Heard { acknowledged: Some(now), behind: Some(0) };
+    attendance.hear(state, &[(NodeId(2), heard)].into(), now);
+    let voters = voters.iter().copied().map(NodeId).collect();
+    holdfast_core::quorum::survey(state, NodeId(1), &[voters], &attendance, now)
+}
+
 #[test]
-fn a_healthy_cluster_has_no_warnings_but_that_two_voters_are_few() {
+fn the_quorum_is_told_seat_by_seat() {
+    let mut state = state();
+    let told = survey(&state, &[1]);
+    let view = quorum(&state, Vantage { survey: Some(&told), ..from(None) });
+    assert!(view.has_quorum && view.settled, "{view:?}");
+    assert_eq!((view.votes, view.needed, view.present, view.survives_at_once), (1, 1, 1, 0));
+    assert_eq!(view.outlook, "n1 alone votes: the others may be lost, n1 may not");
+    let seats: Vec<_> = view.seats.iter().map(|seat| (seat.name.as_str(), seat.votes, seat.present)).collect();
+    assert_eq!(seats, [("n1", true, Some(true)), ("n2", false, Some(true))]);
+    assert!(view.seats[1].why.contains("even"), "{:?}", view.seats[1]);
+
+    state.nodes.get_mut(&NodeId(2)).unwrap().membership = Membership::Lost { since_ms: 3 };
+    let told = survey(&state, &[1, 2]);
+    let view = quorum(&state, Vantage { survey: Some(&told), ..from(None) });
+    assert!(!view.has_quorum && !view.settled, "{view:?}");
+    assert_eq!((view.votes, view.present, view.seats[1].why.as_str()), (2, 1, "it is lost"));
+
+    let alone = quorum(&state, from(None));
+    assert!(!alone.has_quorum && alone.seats.iter().all(|seat| seat.votes && seat.present.is_none()), "{alone:?}");
+    assert!(alone.outlook.contains("no coordinator"), "{}", alone.outlook);
+}
+
+#[test]
+fn a_healthy_cluster_has_no_warnings_but_that_one_vote_is_few() {
     let state = state();
     let observed = quiet(10, &state);
-    let view = cluster(&state, from(Some(&observed)));
+    let survey = survey(&state, &[1]);
+    let view = cluster(&state, Vantage { survey: Some(&survey), ..from(Some(&observed)) });
     assert_eq!((view.name.as_str(), view.answered_by.as_str()), ("prod", "n1"));
     assert_eq!(view.coordinator.as_deref(), Some("n1"));
-    let quorum = api::Quorum { voters: 2, connected: 2, needed: 2 };
+    let quorum = api::Quorum { voters: 1, connected: 1, needed: 1 };
     assert_eq!(view.quorum, quorum);
     assert_eq!((view.counts.nodes, view.counts.nodes_up), (2, 2));
     assert_eq!(view.warnings.len(), 1, "{:?}", view.warnings);
-    assert!(view.warnings[0].starts_with("2 of 2 voters"), "{:?}", view.warnings);
+    assert!(view.warnings[0].starts_with("n1 alone votes"), "{:?}", view.warnings);
 }
 
 #[test]
@@ -112,11 +151,15 @@ fn everything_that_is_wrong_is_told_in_a_sentence() {
     report.unreachable.insert("main".into(), "it is not mounted".into());
     let lost = state.nodes.get_mut(&NodeId(2)).unwrap();
     lost.membership = Membership::Lost { since_ms: 3 };
-    let view = cluster(&state, from(Some(&observed)));
+    let survey = survey(&state, &[1, 2]);
+    let view = cluster(&state, Vantage { survey: Some(&survey), ..from(Some(&observed)) });
     let told = view.warnings.join("\n");
-    for text in
-        ["node n2 is lost", "n1 does not reach volume main: it is not mounted", "web should run but no node has room"]
-    {
+    for text in [
+        "1 of 2 votes are present",
+        "node n2 is lost",
+        "n1 does not reach volume main: it is not mounted",
+        "web should run but no node has room",
+    ] {
         assert!(told.contains(text), "{told}");
     }
     assert_eq!(view.quorum.connected, 1);
@@ -231,7 +274,9 @@ fn metrics_count_what_there_is() {
     let mut state = state();
     a_vm(&mut state);
     let observed = quiet(10, &state);
-    let text = crate::http::metrics::text(&state, from(Some(&observed))).unwrap();
+    let survey = survey(&state, &[1, 2]);
+    let from = Vantage { survey: Some(&survey), ..from(Some(&observed)) };
+    let text = crate::http::metrics::text(&state, from).unwrap();
     for line in [
         "holdfast_nodes{state=\"up\"} 2",
         "holdfast_vms{state=\"creating\"} 1",
@@ -239,6 +284,8 @@ fn metrics_count_what_there_is() {
         "holdfast_jobs{work=\"create\",state=\"running\"} 1",
         "holdfast_node_silent_milliseconds{node=\"n2\"} 10",
         "holdfast_voters_connected 2",
+        "holdfast_votes_spare 0",
+        "holdfast_vote{participant=\"n2\"} 1",
         "holdfast_is_coordinator 1",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in:\n{text}");
