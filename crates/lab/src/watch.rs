@@ -9,6 +9,9 @@
 //! A QEMU that was started with `-incoming` is a migration's target. It runs its
 //! VM from the moment on when it is the VM's only QEMU. (So two QEMUs that both
 //! restore a saved VM, with nothing else of that VM alive, look like a migration.)
+//! Of one that a target came beside, the guest may be gone: see [`husk`].
+
+mod husk;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,6 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use self::husk::Husk;
 use crate::{procfs, sys};
 
 /// How often the watch looks, in milliseconds: the timeline's resolution.
@@ -139,6 +143,7 @@ impl SplitBrainWatch {
             next_full_scan: Instant::now(),
             young: Vec::new(),
             tracked: Vec::new(),
+            husks: Vec::new(),
         };
         // What runs already is on the record when this returns.
         scanner.look()?;
@@ -227,6 +232,8 @@ struct Scanner {
     next_full_scan: Instant,
     young: Vec<Young>,
     tracked: Vec<Tracked>,
+    /// Looked at until they end.
+    husks: Vec<Husk>,
 }
 
 /// A process that may yet become a QEMU.
@@ -246,6 +253,7 @@ struct Tracked {
 impl Scanner {
     fn run(mut self) {
         while !self.shared.stop.load(Ordering::Relaxed) {
+            self.look_at_husks();
             if let Err(error) = self.wait_tick().and_then(|()| self.look()) {
                 self.shared.record().failure = Some(format!("{error:#}"));
                 self.shared.changed.notify_all();
@@ -277,6 +285,19 @@ impl Scanner {
         drop(record);
         self.shared.changed.notify_all();
         Ok(())
+    }
+
+    /// Records those overlaps whose older guest turned out to run.
+    fn look_at_husks(&mut self) {
+        let tracked = &self.tracked;
+        self.husks.retain(|husk| tracked.iter().any(|tracked| tracked.pid == husk.pid()));
+        let running: Vec<Overlap> = self.husks.iter().filter_map(Husk::runs).collect();
+        if running.is_empty() {
+            return;
+        }
+        self.husks.retain(|husk| running.iter().all(|overlap| overlap.older.pid != husk.pid()));
+        self.shared.record().overlaps.extend(running);
+        self.shared.changed.notify_all();
     }
 
     /// Finds new QEMUs.
@@ -370,6 +391,12 @@ impl Scanner {
             .filter(|older| older.running_since.is_some() && !incoming)
             .map(|older| Overlap { at: now, older: older.clone(), newer: newer.clone() })
             .collect();
+        let target_came = |older: &Sighting| {
+            let beside = |other: &Sighting| other.incoming && other.first_seen > older.first_seen;
+            record.sightings.iter().any(|other| other.vm == older.vm && beside(other))
+        };
+        let sent: Vec<i32> =
+            overlaps.iter().map(|it| &it.older).filter(|it| target_came(it)).map(|it| it.pid).collect();
         self.tracked.push(Tracked { pid, pidfd, sighting: record.sightings.len() });
         record.sightings.push(newer);
         record.promote(now);
@@ -379,7 +406,16 @@ impl Scanner {
             let alive = self.tracked.iter().any(|t| t.pid == overlap.older.pid && !ended(&t.pidfd));
             alive && !(self.excuse)(overlap)
         });
-        let guilty: Vec<Overlap> = guilty.collect();
+        let mut guilty: Vec<Overlap> = guilty.collect();
+        let mut husks = Vec::new();
+        guilty.retain(|overlap| match Husk::of(overlap).filter(|husk| sent.contains(&husk.pid())) {
+            Some(husk) => {
+                husks.push(husk);
+                false
+            }
+            None => true,
+        });
+        self.husks.extend(husks);
         self.shared.record().overlaps.extend(guilty);
         self.shared.changed.notify_all();
     }

@@ -2,9 +2,10 @@
 
 mod common;
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
-use common::{DEADLINE, lab};
+use common::{DEADLINE, eventually, lab};
 use holdfast_lab::{Host, HostProcess, HostSpec, Overlap, SplitBrainWatch};
 use nix::sys::signal::Signal;
 
@@ -72,6 +73,38 @@ fn two_owners_are_seen_and_a_migration_is_none() {
     watch.wait_for(DEADLINE, |s| s.pid == rival.pid()).expect("seen");
     assert_eq!(overlaps_of(&watch, &[&vm, &broken]).len(), 2);
     assert_eq!(watch.timeline().iter().filter(|s| s.vm == vm.to_ascii_lowercase()).count(), 4);
+}
+
+#[test]
+fn a_source_that_sent_its_guest_is_no_owner_unless_the_guest_runs_on() {
+    let lab = lab();
+    let host = lab.add_host(HostSpec::new("n1")).expect("host");
+    host.power_on().expect("power");
+    let vm = uuid(5);
+    let watch = SplitBrainWatch::start(lab.host_names()).expect("watch");
+    let monitor = host.directory().join("run/qmp");
+    let argv = ["qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none"];
+    let listens = format!("unix:{},server=on,wait=off", monitor.display());
+    let more = ["-name", "source,debug-threads=on", "-S", "-uuid", &vm, "-qmp", &listens];
+    // A guest that stands still, as one that was sent away does.
+    let source = host.spawn(&argv.into_iter().chain(more).collect::<Vec<_>>()).expect("QEMU");
+    watch.wait_for(DEADLINE, |s| s.pid == source.pid()).expect("seen");
+    let processor = || std::fs::read_dir(format!("/proc/{}/task", source.pid())).into_iter().flatten().flatten();
+    let named = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+    eventually("it has a processor", || processor().map(named).any(|name| name.starts_with("CPU ")));
+    eventually("its monitor listens", || monitor.exists());
+    let target = qemu(&host, &vm, &["-incoming", "defer"]);
+    watch.wait_for(DEADLINE, |s| s.pid == target.pid()).expect("seen");
+    kill(target);
+    watch.wait_for(DEADLINE, |s| s.incoming && s.vm == vm.to_ascii_lowercase() && s.gone.is_some()).expect("gone");
+    let successor = qemu(&host, &vm, &[]);
+    watch.wait_for(DEADLINE, |s| s.pid == successor.pid()).expect("seen");
+    assert_eq!(overlaps_of(&watch, &[&vm]), []);
+
+    let mut monitor = std::os::unix::net::UnixStream::connect(&monitor).expect("the monitor");
+    monitor.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"cont\"}").expect("told");
+    eventually("that it runs on is seen", || overlaps_of(&watch, &[&vm]).len() == 1);
+    assert_eq!(overlaps_of(&watch, &[&vm])[0].older.pid, source.pid());
 }
 
 #[test]

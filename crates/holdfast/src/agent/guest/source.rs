@@ -203,19 +203,34 @@ impl Guest {
         let call = HandoverCall { epoch: to.epoch, moved };
         let path = handover_path(self.vm, Handover::Continue);
         let began = Instant::now();
+        let mut changes = self.agent.changes();
+        let waits = || matches!(self.wish(), Wish::Send { target_void: false, .. });
         loop {
-            let answer = self.member.peers.ask::<_, HandedOver>(to.node, &path, &call, CALL).await;
+            let asking = self.member.peers.ask::<_, HandedOver>(to.node, &path, &call, CALL);
+            tokio::pin!(asking);
+            // What is decided meanwhile ends the waiting for an answer: either the
+            // target was seen to run the guest, or it is lost.
+            let answer = loop {
+                tokio::select! {
+                    answer = &mut asking => break Some(answer),
+                    changed = changes.changed() => changed?,
+                }
+                if !waits() {
+                    break None;
+                }
+            };
             match answer {
-                Ok(HandedOver::Done) => return Ok(Next::Wait),
-                Ok(HandedOver::Gone) => {
+                None => {}
+                Some(Ok(HandedOver::Done)) => return Ok(Next::Wait),
+                Some(Ok(HandedOver::Gone)) => {
                     tracing::error!(vm = %self.vm, "the target lost the guest after it was sent");
                     self.agent.0.keeper.kill(self.vm, tenure.epoch).await?;
                     return Ok(Next::Soon(Duration::ZERO));
                 }
-                Ok(HandedOver::Again(why)) => {
+                Some(Ok(HandedOver::Again(why))) => {
                     tracing::debug!(vm = %self.vm, why, "the target does not continue the guest yet")
                 }
-                Err(error) => {
+                Some(Err(error)) => {
                     tracing::warn!(vm = %self.vm, %error, waited = ?began.elapsed(), "the target of a sent guest")
                 }
             }
