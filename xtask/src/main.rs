@@ -46,6 +46,8 @@ enum Task {
         /// Only tests with this in their names.
         filter: Option<String>,
     },
+    /// Run the end-to-end test with sixteen nodes.
+    Sixteen,
     /// Let everything fail at random for a long time, with real guests, and judge.
     Chaos(chaos::Args),
     /// Measure against the goals: `cargo xtask bench NAME [--json FILE] [--runs N]`.
@@ -77,6 +79,10 @@ fn run(task: Task) -> Result<bool> {
         Task::E2e { filter } => {
             let ready = verify::guest().run()?.passed() && verify::binary().run()?.passed();
             Ok(ready && e2e(filter.as_deref()).run()?.passed())
+        }
+        Task::Sixteen => {
+            let ready = verify::guest().run()?.passed() && verify::binary().run()?.passed();
+            Ok(ready && e2e(Some("sixteen")).args(["--ignored", "--nocapture"]).run()?.passed())
         }
         Task::Chaos(args) => chaos::run(&args),
         Task::Bench { args } => bench::main(args).map(|()| true),

@@ -28,3 +28,4 @@ mod power_loss;
 mod qemu_killed;
 mod quorum;
 mod room;
+mod sixteen;
