@@ -319,7 +319,9 @@ impl Cluster {
         for (vm, _) in acknowledged {
             self.switch_off(&vm.name)?;
         }
-        let overlaps = self.watch.overlaps()?;
+        let mut overlaps = self.watch.overlaps()?;
+        // The watch sees the machine's other labs as well.
+        overlaps.retain(|overlap| overlap.older.host.is_some() || overlap.newer.host.is_some());
         ensure!(overlaps.is_empty(), "a VM ran twice at one time: {overlaps:#?}");
         for (vm, acknowledged) in acknowledged {
             let report = vm.verify()?;
