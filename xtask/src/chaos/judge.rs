@@ -15,8 +15,7 @@ use super::work::Written;
 /// two busy processors, without KVM.
 pub const BOUND: Duration = Duration::from_secs(90);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// QEMUs that may crash on a node before their VM goes elsewhere, and in the end
-/// stays off, until a person says otherwise.
+/// A VM whose QEMU was killed too often stays off and says so; a person starts it.
 const FAILED_IS_FAIR: &str = "crash";
 
 impl Chaos {

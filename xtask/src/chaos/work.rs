@@ -16,7 +16,7 @@ const PACE: Duration = Duration::from_millis(150);
 /// No more writes in a round than this: each is a bridge on every node.
 const WRITES: usize = 12;
 /// The answers with which nobody is lied to: nobody knows, or nothing was done.
-const HONEST: [&str; 4] = ["unknown", "no_coordinator", "no_answer", "unavailable"];
+const HONEST: [&str; 3] = ["unknown", "no_coordinator", "no_answer"];
 
 /// What became of the writes of a round.
 #[derive(Debug, Default)]
