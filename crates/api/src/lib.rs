@@ -25,7 +25,7 @@ pub use fencing::{FenceTestView, FencingView, SetFencing};
 pub use job::{Event, JobOutcome, JobState, JobView, Moved, Severity};
 pub use network::{AddSwitch, NetworkView, SetNetwork, SwitchKind, SwitchView};
 pub use node::{Address, JoinCluster, JoinLine, MakeJoinToken, NodeState, NodeView, SetNode};
-pub use quorum::{QuorumView, SeatView};
+pub use quorum::{ForceQuorum, ForcedQuorum, QuorumView, SeatView};
 pub use size::{BadSize, Size};
 pub use stream::{Change, ChangeKind};
 pub use token::{AddToken, MadeToken, TokenView};

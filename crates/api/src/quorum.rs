@@ -50,3 +50,37 @@ pub struct SeatView {
     /// Why it votes, or why not.
     pub why: String,
 }
+
+/// The wish to go on with one node alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForceQuorum {
+    /// The cluster's name, to show that this is the one that is meant.
+    pub cluster: String,
+    /// Nodes that are up and come along.
+    #[serde(default)]
+    pub with: Vec<String>,
+    /// The nodes that are left out have been switched off: do it.
+    #[serde(default)]
+    pub others_are_off: bool,
+}
+
+/// What became of it, or would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForcedQuorum {
+    /// The node that goes on.
+    pub node: String,
+    /// Whether it was done, or only told.
+    pub done: bool,
+    /// Counts how often a quorum was forced in this cluster.
+    pub generation: u64,
+    /// The term of the last entry of the node's log.
+    pub log_term: u64,
+    /// The index of the last entry of the node's log.
+    pub log_index: u64,
+    /// For how long the node has heard no coordinator, in milliseconds.
+    pub unheard_ms: u64,
+    /// The nodes that are left out.
+    pub left_out: Vec<String>,
+    /// How long the node waits for leases that others may have granted, in milliseconds.
+    pub wait_ms: u64,
+}

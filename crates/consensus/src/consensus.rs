@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_core::{ClusterState, NodeId, Proposal, Reply};
+use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest};
 use openraft::{BasicNode, EntryPayload, ReadPolicy, ServerState};
@@ -23,6 +24,7 @@ use crate::log::Log;
 use crate::machine::Machine;
 use crate::medium::{Directory, Medium};
 use crate::network::{Ballot, BarrierAnswer, Network, SnapshotCall, Wire};
+use crate::record::Members;
 use crate::settings::Settings;
 use crate::snapshot::{self, Stored};
 use crate::standing::{Node, Standing};
@@ -85,7 +87,7 @@ impl Consensus {
             });
         }
         let held = recovered.vote.is_some() || !recovered.entries.is_empty() || last_in_snapshot.is_some();
-        let voters = last_voters(&recovered, stored.as_ref());
+        let voters = last_members(&recovered, stored.as_ref()).voters;
         // Nobody can be elected without this node's vote, and nobody else relies on it,
         // unless it has voted for another: the last list of members that it has may
         // be older than the one by which that other was elected. It was the only
@@ -254,6 +256,18 @@ impl Consensus {
         }
     }
 
+    /// Term and index of the last entry of this node's log, committed or not.
+    pub fn log_end(&self) -> (u64, u64) {
+        let last = self.engine().data_metrics().borrow_watched().last_log;
+        last.map_or((0, 0), |last| (last.leader_id.term, last.index))
+    }
+
+    /// For how long this node has accepted nothing from a coordinator, or has run
+    /// without one since its start.
+    pub fn unheard_for(&self) -> Duration {
+        self.inner.node.last_heard().elapsed()
+    }
+
     /// Waits until `index` is applied here; `false` if that does not happen within `deadline`.
     pub async fn wait_applied(&self, index: u64, deadline: Duration) -> bool {
         let mut standing = self.standing();
@@ -373,7 +387,7 @@ fn lock_of<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn lock(directory: &std::path::Path) -> Result<File, ConsensusError> {
+pub(crate) fn lock(directory: &std::path::Path) -> Result<File, ConsensusError> {
     let path = directory.join("lock");
     let file = File::create(&path).map_err(ConsensusError::io("create", &path))?;
     match file.try_lock() {
@@ -383,13 +397,13 @@ fn lock(directory: &std::path::Path) -> Result<File, ConsensusError> {
     }
 }
 
-/// The voters that the log, or else the snapshot, names last.
-fn last_voters(recovered: &Recovered, stored: Option<&Stored>) -> Vec<BTreeSet<u64>> {
+/// The members that the log, or else the snapshot, names last.
+pub(crate) fn last_members(recovered: &Recovered, stored: Option<&Stored>) -> Members {
     let in_log = recovered.entries.values().rev().find_map(|entry| match &entry.payload {
-        EntryPayload::Membership(membership) => Some(membership.get_joint_config().clone()),
+        EntryPayload::Membership(membership) => Some(Members::from(membership)),
         _ => None,
     });
-    in_log.or_else(|| stored.map(|stored| stored.head.members.voters.clone())).unwrap_or_default()
+    in_log.or_else(|| stored.map(|stored| stored.head.members.clone())).unwrap_or_default()
 }
 
 fn read<T: DeserializeOwned>(kind: RpcKind, body: &[u8]) -> Result<T, RpcError> {

@@ -68,6 +68,9 @@ pub enum ConsensusError {
     /// The log already holds a cluster.
     #[error("this node already belongs to a cluster; remove it from there before it starts another one")]
     AlreadyInitialized,
+    /// There is no log to go on from.
+    #[error("the log of this node holds nothing that it could go on from")]
+    NothingKnown,
     /// Only the coordinator can do this.
     #[error("this node is not the coordinator{}", hint(coordinator))]
     NotCoordinator {

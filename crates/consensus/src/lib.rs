@@ -50,6 +50,7 @@
 mod authority;
 mod consensus;
 mod error;
+mod force;
 mod log;
 mod machine;
 mod mark;
@@ -68,6 +69,7 @@ mod wal;
 
 pub use consensus::{Consensus, MAX_PROPOSAL_BYTES};
 pub use error::{ConsensusError, ProposeError, RpcError, TransportError};
+pub use force::force;
 pub use members::Participants;
 pub use settings::Settings;
 pub use standing::{Role, Standing};

@@ -31,7 +31,7 @@ pub(crate) struct VoteRecord {
 }
 
 /// Who votes and who only listens. Two sets of voters while they change.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Members {
     pub(crate) voters: Vec<BTreeSet<u64>>,
     pub(crate) addresses: BTreeMap<u64, String>,

@@ -121,7 +121,7 @@ impl Node {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    fn last_heard(&self) -> Instant {
+    pub(crate) fn last_heard(&self) -> Instant {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -5,6 +5,7 @@ mod agent;
 mod cli;
 mod config;
 mod demo;
+mod generation;
 mod heartbeat;
 mod http;
 mod identity;

@@ -1,4 +1,5 @@
 //! Nodes with real files and an in-memory network.
+#![allow(dead_code, reason = "each test uses its part")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

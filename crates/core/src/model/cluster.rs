@@ -1,5 +1,8 @@
 //! The cluster itself: its identity, its settings, its tokens.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -19,6 +22,41 @@ pub struct Cluster {
     /// The private key of its authority, PEM. Every node can become the
     /// coordinator and has to sign then, so every node has it.
     pub ca_key: String,
+}
+
+/// Which of the histories of a cluster counts: a new one begins when a quorum is
+/// forced, and whatever is of an older one is refused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generation {
+    /// Counts how often a quorum was forced.
+    pub number: u64,
+    /// Tells apart two that were forced on both sides of a split, and so have the
+    /// same number.
+    pub mark: Uuid,
+}
+
+impl Generation {
+    /// What heartbeats are bound to in place of the cluster's identity, so that none
+    /// is understood in another generation.
+    pub fn scope(self, cluster: Uuid) -> Uuid {
+        Uuid::from_u128(cluster.as_u128() ^ self.mark.as_u128())
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.number, self.mark.simple())
+    }
+}
+
+impl FromStr for Generation {
+    type Err = ();
+
+    /// As [`Generation`] is displayed.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (number, mark) = text.split_once('.').ok_or(())?;
+        Ok(Generation { number: number.parse().map_err(drop)?, mark: mark.parse().map_err(drop)? })
+    }
 }
 
 /// What an administrator can choose for the whole cluster.

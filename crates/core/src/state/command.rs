@@ -81,6 +81,16 @@ pub enum Command {
         /// The site's name; none takes it back.
         site: Option<String>,
     },
+    /// A quorum was forced: one node goes on alone, by its own log. Only ever the
+    /// first thing that happens in a new generation.
+    ForceQuorum {
+        /// The new generation.
+        generation: Generation,
+        /// The node that goes on.
+        node: NodeId,
+        /// Nodes that were up and come along.
+        with: BTreeSet<NodeId>,
+    },
     /// The votes have moved: consensus has these voters now.
     VotesMoved {
         /// All of them.

@@ -29,6 +29,7 @@ impl ClusterState {
             Command::AskFence { node } => self.ask_fence(at_ms, by, node),
             Command::FenceFailed { node, term, why } => self.fence_failed(at_ms, node, term, &why),
             Command::SetSite { node, site } => self.set_site(at_ms, by, node, site),
+            Command::ForceQuorum { generation, node, with } => self.force_quorum(at_ms, by, generation, node, &with),
             Command::VotesMoved { voters } => Ok(self.votes_moved(at_ms, voters)),
             Command::SetProfile { profile } => {
                 let (old, new) = (self.settings.longest_lease, profile.timing());

@@ -4,6 +4,7 @@ mod command;
 mod commands;
 mod decisions;
 mod fencing;
+mod generation;
 mod jobs;
 mod vms;
 mod votes;
@@ -33,6 +34,9 @@ pub struct ClusterState {
     pub revision: u64,
     /// What makes this cluster this cluster; empty before it was founded.
     pub cluster: Cluster,
+    /// Which of its histories this is.
+    #[serde(default)]
+    pub generation: Generation,
     /// What its administrators chose.
     pub settings: Settings,
     /// Its nodes.

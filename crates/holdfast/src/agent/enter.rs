@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use super::peers::{ConsensusLane, Peers, addresses, heartbeat_addresses};
 use super::{Agent, Failure, Member, guests, members, now_ms, report, rpc};
+use crate::generation::{Allegiance, Kept};
 use crate::heartbeat::SecretKey;
 use crate::identity::{self, Identity};
 use crate::keeper::protocol::{Configuration, PeerAddresses, Request};
@@ -32,6 +33,7 @@ const MOST_SOCKETS: usize = crate::leases::ADDRESSES;
 /// Between two questions whether everything was applied.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
+const GREETING: Duration = Duration::from_secs(2);
 
 /// What `holdfast cluster init` and `node token` print for the other hosts.
 #[derive(Clone, Debug)]
@@ -58,6 +60,8 @@ pub struct JoinRequest {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct JoinAnswer {
     node: NodeId,
+    #[serde(default)]
+    generation: Generation,
     cluster: Uuid,
     ca_certificate: String,
     certificate: String,
@@ -77,11 +81,14 @@ impl Agent {
     pub(super) async fn enter(&self, identity: Identity) -> Result<&'static Member> {
         let config = &self.0.config;
         let me = identity.node;
-        let peers = Arc::new(Peers::new(identity.client_config()?, self.changes()));
-        let settings = Settings::new(me, config.state_dir.join("consensus"));
+        let directory = config.state_dir.join("consensus");
+        let generation = Kept::load(&config.state_dir)?.settle(&config.state_dir, &directory, me).await?;
+        let allegiance = Arc::new(Allegiance::new(generation, config.state_dir.clone(), self.0.stop.clone()));
+        let peers = Arc::new(Peers::new(identity.client_config()?, self.changes(), allegiance.clone()));
+        let settings = Settings::new(me, directory);
         let consensus = Consensus::start(settings, Arc::new(ConsensusLane(Arc::clone(&peers)))).await?;
         let leases = Leases::start(LeasesConfig {
-            cluster: identity.cluster,
+            cluster: generation.scope(identity.cluster),
             node: me,
             secret: identity.heartbeat.clone(),
             bind: self.heartbeat_sockets().await,
@@ -95,6 +102,7 @@ impl Agent {
             me,
             identity,
             consensus,
+            allegiance,
             peers,
             leases,
             reports: report::Reports::new(),
@@ -113,7 +121,18 @@ impl Agent {
         tokio::spawn(self.clone().keep_coordinating(member));
         tokio::spawn(self.clone().keep_reporting(member));
         tokio::spawn(self.clone().act_when_caught_up(member));
+        tokio::spawn(self.clone().greet(member));
         Ok(member)
+    }
+
+    /// Calls every node once, so that one that was left out when a quorum was forced
+    /// learns of it before it could take part in anything: what a call says of the
+    /// generation is taken in on both sides.
+    async fn greet(self, member: &'static Member) {
+        let state = member.consensus.state().borrow().clone();
+        let others: Vec<_> = state.nodes.keys().copied().filter(|node| *node != member.me).collect();
+        let calls = others.into_iter().map(|node| member.peers.post(node, rpc::GREET, Bytes::new(), GREETING));
+        futures_util::future::join_all(calls).await;
     }
 
     /// A fresh agent reads its log again from the last snapshot on. What it sees on
@@ -170,6 +189,7 @@ impl Agent {
                 });
                 let configuration = Configuration {
                     cluster: member.identity.cluster,
+                    generation: member.allegiance.generation(),
                     node: member.me,
                     secret: member.identity.heartbeat.clone(),
                     bind: Vec::new(),
@@ -318,6 +338,7 @@ impl Agent {
         let identity =
             Identity::new(answer.cluster, answer.node, answer.ca_certificate, answer.certificate, key, heartbeat);
         self.set_interrupted_log_aside()?;
+        Kept::store(&self.0.config.state_dir, answer.generation, None).map_err(broken)?;
         identity.store(&self.0.config.state_dir).map_err(broken)?;
         let member = self.enter(identity).await.map_err(broken)?;
         // Joined when the cluster's state has arrived here.
@@ -356,11 +377,11 @@ impl Agent {
         let Reply::Node(node) = reply else {
             return Err(Failure::other("internal", format!("unexpected reply {reply:?}")));
         };
-        let cluster = self.state().cluster.clone();
+        let (cluster, generation) = (self.state().cluster.clone(), self.member()?.allegiance.generation());
         let certificate =
             identity::certify(&cluster.ca_certificate, &cluster.ca_key, &request.certificate_request, node, &ips)
                 .map_err(|error| Failure::other("invalid", format!("{error:#}")))?;
-        Ok(JoinAnswer { node, cluster: cluster.id, ca_certificate: cluster.ca_certificate, certificate })
+        Ok(JoinAnswer { node, generation, cluster: cluster.id, ca_certificate: cluster.ca_certificate, certificate })
     }
 }
 

@@ -13,6 +13,7 @@ mod enter;
 mod facts;
 mod failure;
 mod fencing;
+mod force;
 mod guest;
 mod guests;
 mod keeper_link;
@@ -38,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::config::Config;
+use crate::generation::Allegiance;
 use crate::identity::Identity;
 use crate::leases::Leases;
 
@@ -81,6 +83,7 @@ struct Member {
     me: NodeId,
     identity: Identity,
     consensus: Consensus,
+    allegiance: Arc<Allegiance>,
     peers: Arc<Peers>,
     leases: Leases,
     reports: report::Reports,

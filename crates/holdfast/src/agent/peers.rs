@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsConnector;
 
+use crate::generation::{Allegiance, GENERATION};
 use crate::identity::node_host;
 use crate::realtime::boot_time;
 
@@ -68,6 +69,7 @@ pub struct Peers {
     tls: TlsConnector,
     plain: TlsConnector,
     state: watch::Receiver<Arc<ClusterState>>,
+    allegiance: Arc<Allegiance>,
     connections: Mutex<BTreeMap<(NodeId, Lane), Slot>>,
 }
 
@@ -89,14 +91,14 @@ impl Connection {
 }
 
 impl Peers {
-    /// With this node's TLS and the state that tells the addresses.
-    pub fn new(config: ClientConfig, state: watch::Receiver<Arc<ClusterState>>) -> Self {
+    /// With this node's TLS, the state that tells the addresses, and what tells the generation.
+    pub fn new(config: ClientConfig, state: watch::Receiver<Arc<ClusterState>>, allegiance: Arc<Allegiance>) -> Self {
         let with = |protocol: &[u8]| {
             let mut config = config.clone();
             config.alpn_protocols = vec![protocol.to_vec()];
             TlsConnector::from(Arc::new(config))
         };
-        Peers { tls: with(b"h2"), plain: with(b"http/1.1"), state, connections: Mutex::default() }
+        Peers { tls: with(b"h2"), plain: with(b"http/1.1"), state, allegiance, connections: Mutex::default() }
     }
 
     /// Posts `body` to `path` at `node` and returns the answer's body.
@@ -138,7 +140,9 @@ impl Peers {
         let slot = Arc::clone(self.slots().entry((node, lane)).or_default());
         let connection =
             timeout_at(until, self.connection(node, known, &slot)).await.map_err(|_| CallError::Deadline)??;
-        let answer = timeout_at(until, exchange(&connection, path, body)).await.unwrap_or(Err(CallError::Deadline));
+        let answer = timeout_at(until, exchange(&self.allegiance, &connection, path, body))
+            .await
+            .unwrap_or(Err(CallError::Deadline));
         match &answer {
             Ok(_) | Err(CallError::Refused { .. }) => connection.answered.store(boot_time().0, Ordering::Relaxed),
             Err(_) if connection.silent_ms() >= STALE_MS || !connection.usable() => {
@@ -198,6 +202,7 @@ impl Peers {
                 .header(hyper::header::HOST, node_host(node))
                 .header(hyper::header::CONNECTION, "upgrade")
                 .header(hyper::header::UPGRADE, protocol)
+                .header(GENERATION, self.allegiance.generation().to_string())
                 .body(Full::<Bytes>::default())
                 .map_err(|error| CallError::Unreachable(error.to_string()))?;
             let response = sender.send_request(request).await.map_err(unreachable)?;
@@ -263,18 +268,25 @@ async fn connect(
     tls.connect(name, stream).await
 }
 
-async fn exchange(connection: &Connection, path: &str, body: Bytes) -> Result<Bytes, CallError> {
+async fn exchange(
+    allegiance: &Allegiance,
+    connection: &Connection,
+    path: &str,
+    body: Bytes,
+) -> Result<Bytes, CallError> {
     let unreachable = |error: hyper::Error| CallError::Unreachable(error.to_string());
     let request = Request::builder()
         .method(Method::POST)
         .uri(format!("https://{}{path}", crate::identity::ANY_NODE))
         .header(hyper::header::CONTENT_TYPE, "application/json")
+        .header(GENERATION, allegiance.generation().to_string())
         .body(Full::new(body))
         .map_err(|error| CallError::Unreachable(error.to_string()))?;
     let mut sender = connection.sender.clone();
     sender.ready().await.map_err(unreachable)?;
     let response = sender.send_request(request).await.map_err(unreachable)?;
     let status = response.status();
+    allegiance.heard(response.headers());
     let body = read(response.into_body()).await?;
     if status.is_success() {
         Ok(body)

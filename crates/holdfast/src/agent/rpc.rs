@@ -19,6 +19,9 @@ use super::volumes::{Probe, Probed};
 use super::{Agent, Attempt, CONSOLE_PROTOCOL, Failure, Member, Proposed, coordinator, members};
 use crate::http::{ApiError, Peer};
 
+/// Tells where the log of the called ends, as term and index; what either side says
+/// of its generation is taken in by the other.
+pub const GREET: &str = "/node/greet";
 /// Has a proposal agreed on.
 pub const PROPOSE: &str = "/node/propose";
 /// Takes a node's report.
@@ -98,9 +101,15 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
         .route("/node/vms/{vm}/announce", post(announce))
         .route("/node/vms/{vm}/continue", post(go_on))
         .route("/node/vms/{vm}/console", any(console))
+        .route(GREET, post(greet))
+        .layer(axum::middleware::from_fn_with_state(member.allegiance.clone(), crate::generation::gate))
         .route(JOIN, post(join))
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
         .with_state(Context { agent, member })
+}
+
+async fn greet(State(context): State<Context>) -> Json<(u64, u64)> {
+    Json(context.member.consensus.log_end())
 }
 
 async fn consensus(State(context): State<Context>, Path(kind): Path<String>, body: Bytes) -> Response {

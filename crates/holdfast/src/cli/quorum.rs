@@ -16,6 +16,43 @@ pub async fn quorum(client: &Client, command: QuorumCommand, json: bool) -> Done
                 false => show(&quorum),
             }
         }
+        QuorumCommand::Force { cluster, with, the_others_are_switched_off: others_are_off } => {
+            let request = api::ForceQuorum { cluster, with, others_are_off };
+            let forced: api::ForcedQuorum = client.post("/api/v1/quorum/force", &request).await?;
+            match json {
+                true => output::json(&forced),
+                false => output::line(&tell(&forced)),
+            }
+        }
+    }
+}
+
+fn tell(forced: &api::ForcedQuorum) -> String {
+    let out = match forced.left_out.is_empty() {
+        true => "no node".to_owned(),
+        false => forced.left_out.join(", "),
+    };
+    let known = format!(
+        "It goes on by its own log, which ends at entry {} of term {} and heard no coordinator for {} s: what was agreed on \
+         without it is lost.",
+        forced.log_index,
+        forced.log_term,
+        forced.unheard_ms / 1000
+    );
+    if forced.done {
+        format!(
+            "FORCED: {} goes on alone, as generation {}. {known}\nLeft out: {out}. They join again by themselves when they come \
+             back.\nIt coordinates in about {} s; `holdfast quorum show` tells.",
+            forced.node,
+            forced.generation,
+            forced.wait_ms.div_ceil(1000) + 1
+        )
+    } else {
+        format!(
+            "NOTHING WAS DONE. With --the-others-are-switched-off, {} would go on alone, as generation {}. {known}\nLeft out: \
+             {out}. SWITCH THEM OFF FIRST: if one of them still runs VMs, they will run twice, and their disks will be ruined.",
+            forced.node, forced.generation
+        )
     }
 }
 

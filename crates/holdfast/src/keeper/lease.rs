@@ -102,7 +102,7 @@ impl Heartbeating {
                 return Err(HeartbeatingError::TooManyAddresses { node: peer.node, count: peer.addresses.len() });
             }
             let ends = Ends {
-                cluster: configuration.cluster,
+                cluster: configuration.generation.scope(configuration.cluster),
                 me: configuration.node,
                 secret: &configuration.secret,
                 peer: peer.node,

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use holdfast_core::lease::BootTime;
-use holdfast_core::{Epoch, Incarnation, NodeId, NodeTerm, VmId};
+use holdfast_core::{Epoch, Generation, Incarnation, NodeId, NodeTerm, VmId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -63,6 +63,9 @@ pub struct Tag {
 pub struct Configuration {
     /// The cluster; stays the same for a keeper's whole life.
     pub cluster: Uuid,
+    /// The generation that this node obeys: heartbeats of others are not understood.
+    #[serde(default)]
+    pub generation: Generation,
     /// This node; stays the same for a keeper's whole life.
     pub node: NodeId,
     /// This node's X25519 secret.

@@ -79,7 +79,8 @@ pub enum LeasesError {
 /// Who this node is, and where it answers.
 #[derive(Clone, Debug)]
 pub struct LeasesConfig {
-    /// The cluster.
+    /// The cluster, of the generation that this node obeys
+    /// ([`holdfast_core::Generation::scope`]).
     pub cluster: Uuid,
     /// This node.
     pub node: NodeId,

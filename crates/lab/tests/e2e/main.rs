@@ -27,5 +27,6 @@ mod partition;
 mod power_loss;
 mod qemu_killed;
 mod quorum;
+mod quorum_forced;
 mod room;
 mod sixteen;

@@ -48,6 +48,7 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(fencing::test))
         .routes(routes!(fencing::fence))
         .routes(routes!(quorum::show))
+        .routes(routes!(quorum::force))
         .routes(routes!(networks::list))
         .routes(routes!(networks::set))
         .routes(routes!(networks::list_switches, networks::add_switch))

@@ -140,6 +140,7 @@ impl Lab {
 
     pub fn configure(&self) -> Request {
         Request::Configure(Configuration {
+            generation: Default::default(),
             cluster: CLUSTER,
             node: NODE,
             secret: secret(),
