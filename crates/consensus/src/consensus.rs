@@ -31,6 +31,7 @@ use crate::standing::{Node, Standing};
 use crate::transport::{RpcKind, Transport};
 use crate::types::{Engine, Item, Snapshot, Types};
 use crate::wal::{self, Recovered, Wal};
+use crate::witness::Gate;
 
 /// The longest proposal, in bytes of its JSON. Larger ones are refused.
 pub const MAX_PROPOSAL_BYTES: usize = 512 << 10;
@@ -59,6 +60,19 @@ pub(crate) struct Inner {
     tasks: Mutex<Vec<JoinHandle<()>>>,
     /// Held for as long as the directory is in use.
     lock: Mutex<Option<File>>,
+    /// Without its word no answer leaves.
+    gate: Option<Gate>,
+}
+
+/// What consensus stands on.
+pub(crate) struct Ground {
+    pub(crate) medium: Arc<dyn Medium>,
+    /// Held while the medium is in use.
+    pub(crate) lock: Option<File>,
+    /// The log is rewritten when it is larger than this and mostly obsolete.
+    pub(crate) compact_above_bytes: u64,
+    /// Without its word no answer leaves.
+    pub(crate) gate: Option<Gate>,
 }
 
 impl Consensus {
@@ -74,8 +88,22 @@ impl Consensus {
             .mode(0o700)
             .create(directory)
             .map_err(ConsensusError::io("create", directory))?;
-        let lock = lock(directory)?;
-        let medium: Arc<dyn Medium> = Arc::new(Directory::new(directory));
+        let ground = Ground {
+            medium: Arc::new(Directory::new(directory)),
+            lock: Some(lock(directory)?),
+            compact_above_bytes: COMPACT_ABOVE_BYTES,
+            gate: None,
+        };
+        Self::start_on(ground, settings, transport).await
+    }
+
+    pub(crate) async fn start_on(
+        ground: Ground,
+        settings: Settings,
+        transport: Arc<dyn Transport>,
+    ) -> Result<Consensus, ConsensusError> {
+        let Ground { medium, lock, compact_above_bytes, gate } = ground;
+        let place = medium.log_path();
         let stored = snapshot::read(&*medium)?;
         let last_in_snapshot = stored.as_ref().and_then(|stored| stored.head.last);
         let (mut recovered, end) = wal::recover(&*medium, settings.me, stored.is_none())?;
@@ -100,8 +128,8 @@ impl Consensus {
         let held = held && !sole;
         let (trouble, troubled) = watch::channel(None);
         let machine = Machine::open(medium.clone(), stored, trouble.clone())?;
-        let wal = Wal::start(medium, settings.me.0, end, &mut recovered, COMPACT_ABOVE_BYTES, trouble)
-            .map_err(ConsensusError::io("write the log in", directory))?;
+        let wal = Wal::start(medium, settings.me.0, end, &mut recovered, compact_above_bytes, trouble)
+            .map_err(ConsensusError::io("write the log in", &place))?;
         let wal = Arc::new(wal);
         let wire = Arc::new(Wire {
             me: settings.me.0,
@@ -132,7 +160,8 @@ impl Consensus {
             state,
             wal,
             tasks: Mutex::new(tasks),
-            lock: Mutex::new(Some(lock)),
+            lock: Mutex::new(lock),
+            gate,
         };
         Ok(Consensus { inner: Arc::new(inner) })
     }
@@ -278,7 +307,18 @@ impl Consensus {
     /// Answers a call from another node.
     pub async fn handle(&self, kind: RpcKind, body: Bytes) -> Result<Bytes, RpcError> {
         let answer = timeout(HANDLE_DEADLINE, self.answer(kind, &body));
-        answer.await.map_err(|_| RpcError::Deadline)?
+        let answer = answer.await.map_err(|_| RpcError::Deadline)?;
+        // Only now: what the answer stands for is durable, and whoever may host next
+        // has not begun to read.
+        if self.inner.gate.as_ref().is_some_and(|held| !held()) {
+            return Err(RpcError::NotHosted);
+        }
+        answer
+    }
+
+    /// Runs a task until consensus is stopped.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        lock_of(&self.inner.tasks).push(tokio::spawn(task));
     }
 
     async fn answer(&self, kind: RpcKind, body: &[u8]) -> Result<Bytes, RpcError> {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use holdfast_core::NodeId;
 
 use crate::transport::RpcKind;
+use crate::witness::DiskError;
 
 /// Why consensus could not start or change its members.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +121,9 @@ pub enum ConsensusError {
     /// Consensus has stopped.
     #[error("consensus has stopped on this node: {0}")]
     Stopped(String),
+    /// The witness's disk cannot be used.
+    #[error("this node {0}")]
+    Witness(#[from] DiskError),
 }
 
 /// Why a proposal or a barrier gave no result.
@@ -177,6 +181,9 @@ pub enum RpcError {
     /// Consensus has stopped on this node.
     #[error("consensus has stopped on this node")]
     Stopped,
+    /// This node does not host the witness that was called, or no longer.
+    #[error("the witness is not hosted here")]
+    NotHosted,
 }
 
 fn hint(coordinator: &Option<NodeId>) -> String {

@@ -66,6 +66,7 @@ mod suite;
 mod transport;
 mod types;
 mod wal;
+mod witness;
 
 pub use consensus::{Consensus, MAX_PROPOSAL_BYTES};
 pub use error::{ConsensusError, ProposeError, RpcError, TransportError};
@@ -74,3 +75,4 @@ pub use members::Participants;
 pub use settings::Settings;
 pub use standing::{Role, Standing};
 pub use transport::{RpcKind, Transport};
+pub use witness::{Disk, DiskError, Gate, Seat};

@@ -264,6 +264,8 @@ impl Node {
                 .filter(|voter| Some(**voter) != metrics.current_leader)
                 .position(|voter| *voter == me)
                 .unwrap_or(0) as u32;
+            // A witness leads only if no node can: their turn is over first.
+            let rank = if NodeId(me).is_witness() { rank + voters.len() as u32 } else { rank };
             let due = self.last_heard() + self.hold + step * rank;
             if Instant::now() <= due {
                 tokio::time::sleep_until(due + Duration::from_millis(1)).await;

@@ -189,6 +189,11 @@ impl Lab {
         Ok(())
     }
 
+    /// Lets a participant that the lab does not look after be reached.
+    pub fn connect(&self, id: u64, participant: Consensus) {
+        self.cables.nodes.write().expect("no panic").insert(id, participant);
+    }
+
     pub async fn start(&mut self, id: u64) {
         if let Some(old) = self.nodes.remove(&id) {
             old.stop().await;
