@@ -60,6 +60,9 @@ pub enum Broken {
         /// What it has.
         has: u64,
     },
+    /// The witness is to be hosted by a node that cannot, or its epoch goes back.
+    #[error("node {0} is to host the witness but is not up, or an epoch of it is told that is not new")]
+    Witness(NodeId),
     /// A migration is ended that is not under way, or without its end's word.
     #[error("VM {0}: a migration is ended without the word of the end that has the guest")]
     Move(VmId),
@@ -127,6 +130,20 @@ impl Account {
                 };
                 self.rights.insert(*vm, vec![Tenure { node: *node, term, epoch: Epoch(0) }]);
                 self.memory(state, *node)?;
+            }
+            Action::SeatWitness { host } => {
+                let coordinates = matches!(cause, Cause::NobodyElse { coordinator } if coordinator == host);
+                let up = self.up.get(host).is_some_and(|(up, _)| *up);
+                if state.witness.is_none() || !up && !coordinates {
+                    return Err(Broken::Witness(*host));
+                }
+            }
+            Action::WitnessHosted { node, epoch } => {
+                let told = matches!(cause, Cause::Told { node: of } if of == node);
+                let newer = state.witness.as_ref().is_some_and(|witness| *epoch > witness.epoch);
+                if !told || !newer {
+                    return Err(Broken::Witness(*node));
+                }
             }
             Action::FinishMove { vm, .. } | Action::AbortMove { vm } => {
                 let Some(Placement::Moving { from, to, stage, .. }) = state.vms.get(vm).map(|vm| &vm.placement) else {

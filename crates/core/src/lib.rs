@@ -19,6 +19,6 @@ pub mod state;
 pub mod witness;
 
 pub use model::*;
-pub use observed::{NodeObserved, NodeReport, Observed, Run, VmReport, WorkReport};
+pub use observed::{Attending, NodeObserved, NodeReport, Observed, Run, VmReport, WitnessReport, WorkReport};
 pub use plan::{Action, Decision, Ended, Evidence, Plan};
 pub use state::{ClusterState, Command, NewNode, Proposal, Refusal, Reply};

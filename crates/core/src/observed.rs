@@ -1,7 +1,7 @@
 //! What the coordinator sees: leases from its lease thread, reports from the
 //! nodes' agents. None of it is replicated: a new coordinator sees it anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -12,8 +12,20 @@ use crate::model::*;
 pub struct Observed {
     /// By node; a node that is missing was not heard of yet.
     pub nodes: BTreeMap<NodeId, NodeObserved>,
+    /// Who coordinates and who acknowledges what it says; without it nothing is
+    /// decided that hangs on it.
+    pub attendance: Option<Attending>,
     /// No lease of an earlier, longer timing can be out any more.
     pub longer_leases_over: bool,
+}
+
+/// Who coordinates, and who does not acknowledge it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Attending {
+    /// The coordinator itself.
+    pub coordinator: NodeId,
+    /// Those that have acknowledged nothing for [`crate::quorum::SILENT_MS`].
+    pub silent: BTreeSet<NodeId>,
 }
 
 /// What the coordinator sees of one node.
@@ -51,6 +63,20 @@ pub struct NodeReport {
     pub work: BTreeMap<JobId, WorkReport>,
     /// Volumes that it does not reach, and why.
     pub unreachable: BTreeMap<String, String>,
+    /// How it stands to the witness.
+    #[serde(default)]
+    pub witness: Option<WitnessReport>,
+}
+
+/// What a node says of the witness.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WitnessReport {
+    /// Which witness.
+    pub id: NodeId,
+    /// The epoch on the disk since which it hosts it, if it does.
+    pub hosts_since: Option<u64>,
+    /// Why it cannot use the disk; a clause that follows the node's name.
+    pub trouble: Option<String>,
 }
 
 /// What a node says of one of its QEMUs.

@@ -2,6 +2,7 @@
 
 mod migration;
 mod vm;
+mod witness;
 
 use serde::{Deserialize, Serialize};
 
@@ -139,6 +140,25 @@ pub enum Action {
         /// Why.
         why: String,
     },
+    /// A node should host the witness.
+    SeatWitness {
+        /// Which.
+        host: NodeId,
+    },
+    /// A node said that it hosts the witness.
+    WitnessHosted {
+        /// Which.
+        node: NodeId,
+        /// Its epoch on the disk.
+        epoch: u64,
+    },
+    /// A node said that it cannot use the witness's disk, or can again.
+    WitnessTrouble {
+        /// Which.
+        node: NodeId,
+        /// Why not.
+        why: Option<String>,
+    },
     /// No lease longer than the profile's is out any more.
     LeasesSettled,
 }
@@ -168,6 +188,7 @@ pub enum Evidence {
 pub fn plan(state: &ClusterState, observed: &Observed, now_ms: u64) -> Plan {
     let mut planner = Planner { state: state.clone(), observed, now_ms, decisions: Vec::new() };
     planner.nodes();
+    planner.witness();
     let mut vms: Vec<_> =
         planner.state.vms.values().map(|vm| (std::cmp::Reverse(vm.spec.priority), vm.created_ms, vm.id)).collect();
     vms.sort_unstable();

@@ -131,8 +131,7 @@ mod tests {
             };
             state.nodes.insert(id, node);
         }
-        state.witness =
-            witness.then(|| Witness { id: WITNESS, disk: "/w".into(), mark: Default::default(), host: None });
+        state.witness = witness.then(|| Witness::new(WITNESS, "/w".into(), Default::default()));
         state
     }
 

@@ -112,6 +112,21 @@ pub enum Cause {
         /// Why the migration ended.
         detail: String,
     },
+    /// The witness should not sit on the node that coordinates.
+    BesideCoordinator {
+        /// Who coordinates.
+        coordinator: NodeId,
+    },
+    /// No other node than the coordinator can host the witness.
+    NobodyElse {
+        /// Who coordinates.
+        coordinator: NodeId,
+    },
+    /// A node said so.
+    Told {
+        /// Which node.
+        node: NodeId,
+    },
     /// Nobody that is up has room.
     NoRoom {
         /// What each node lacks.
@@ -178,6 +193,13 @@ impl fmt::Display for Cause {
             Cause::SourceKept { node, epoch, detail } => {
                 write!(f, "node {node} kept the guest (epoch {epoch}): {detail}")
             }
+            Cause::BesideCoordinator { coordinator } => {
+                write!(f, "node {coordinator} coordinates, and with the witness on it its loss would cost both")
+            }
+            Cause::NobodyElse { coordinator } => {
+                write!(f, "no other node than the coordinator, node {coordinator}, can host the witness now")
+            }
+            Cause::Told { node } => write!(f, "node {node} said so"),
             Cause::NoRoom { why } => write!(f, "no node has room: {why}"),
             Cause::BudgetSpent { crashes, window_s, detail } => {
                 write!(f, "it crashed {crashes} times in {window_s} s, the last time: {detail}")

@@ -1,5 +1,7 @@
 //! The witness: a vote without a host, on a shared disk.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -20,6 +22,39 @@ pub struct Witness {
     pub mark: Uuid,
     /// The node that should host it; any other takes over when that one is silent.
     pub host: Option<NodeId>,
+    /// Counts how often that was decided. Whoever took over without a decision gives
+    /// the witness up to the next one that is decided.
+    #[serde(default)]
+    pub decided: u64,
+    /// When it was decided last, milliseconds since the Unix epoch.
+    #[serde(default)]
+    pub decided_ms: u64,
+    /// The node that hosts it, as far as it was told.
+    #[serde(default)]
+    pub hosted_by: Option<NodeId>,
+    /// The highest epoch on the disk that was told: a disk that shows less is stale.
+    #[serde(default)]
+    pub epoch: u64,
+    /// What each node that cannot use the disk says of it.
+    #[serde(default)]
+    pub trouble: BTreeMap<NodeId, String>,
+}
+
+impl Witness {
+    /// A disk that nobody has hosted yet.
+    pub fn new(id: NodeId, disk: String, mark: Uuid) -> Self {
+        Witness {
+            id,
+            disk,
+            mark,
+            host: None,
+            decided: 0,
+            decided_ms: 0,
+            hosted_by: None,
+            epoch: 0,
+            trouble: BTreeMap::new(),
+        }
+    }
 }
 
 impl NodeId {

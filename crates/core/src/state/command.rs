@@ -96,6 +96,15 @@ pub enum Command {
         /// All of them.
         voters: BTreeSet<NodeId>,
     },
+    /// Makes a disk that every node was seen to reach the witness.
+    SetWitness {
+        /// Its path, the same on every node.
+        disk: String,
+        /// What was written on it.
+        mark: Uuid,
+    },
+    /// Does without a witness.
+    ClearWitness,
     /// Chooses how fast a lost node is noticed.
     SetProfile {
         /// The profile.

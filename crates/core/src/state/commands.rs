@@ -31,6 +31,8 @@ impl ClusterState {
             Command::SetSite { node, site } => self.set_site(at_ms, by, node, site),
             Command::ForceQuorum { generation, node, with } => self.force_quorum(at_ms, by, generation, node, &with),
             Command::VotesMoved { voters } => Ok(self.votes_moved(at_ms, voters)),
+            Command::SetWitness { disk, mark } => self.set_witness(at_ms, by, disk, mark),
+            Command::ClearWitness => self.clear_witness(at_ms, by),
             Command::SetProfile { profile } => {
                 let (old, new) = (self.settings.longest_lease, profile.timing());
                 self.settings.profile = profile;

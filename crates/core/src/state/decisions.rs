@@ -113,6 +113,9 @@ impl ClusterState {
                 let vm = vm.id;
                 self.end_jobs_of(at_ms, vm, |work| matches!(work, Work::Delete), &Outcome::Failed { why: why.clone() });
             }
+            Action::SeatWitness { host } => self.seat_witness(at_ms, *host),
+            Action::WitnessHosted { node, epoch } => self.witness_hosted(at_ms, *node, *epoch),
+            Action::WitnessTrouble { node, why } => self.witness_trouble(at_ms, *node, why.as_ref()),
             Action::LeasesSettled => self.settings.longest_lease = self.settings.profile.timing(),
         }
     }

@@ -8,6 +8,7 @@ mod generation;
 mod jobs;
 mod vms;
 mod votes;
+mod witness;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -53,6 +54,9 @@ pub struct ClusterState {
     /// How many disks have been a witness so far: each gets a number of its own.
     #[serde(default)]
     pub last_witness: u64,
+    /// The last disk that was a witness before: it is hosted until its vote is gone.
+    #[serde(default)]
+    pub former_witness: Option<Witness>,
     /// Tokens to join with, by the SHA-256 of the token.
     pub join_tokens: BTreeMap<String, JoinToken>,
     /// Tokens to use the API with, by name.
