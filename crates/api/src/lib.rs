@@ -18,6 +18,7 @@ mod stream;
 mod token;
 mod vm;
 mod volume;
+mod witness;
 
 pub use cluster::{ClusterView, Counts, FoundCluster, Founded, ProfileName, Quorum, SetProfile};
 pub use error::{ErrorBody, ErrorDetail};
@@ -34,3 +35,4 @@ pub use vm::{
     NicDefinition, Priority, StopVm, VmDefinition, VmState, VmView,
 };
 pub use volume::{AddVolume, Reach, VolumeKind, VolumeView};
+pub use witness::{SetWitness, WitnessView};

@@ -26,6 +26,8 @@ pub struct Attending {
     pub coordinator: NodeId,
     /// Those that have acknowledged nothing for [`crate::quorum::SILENT_MS`].
     pub silent: BTreeSet<NodeId>,
+    /// Those that acknowledged something a moment ago.
+    pub present: BTreeSet<NodeId>,
 }
 
 /// What the coordinator sees of one node.

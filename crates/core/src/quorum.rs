@@ -106,13 +106,13 @@ pub fn witness_host(state: &ClusterState, coordinator: NodeId, silent: &BTreeSet
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub(super) const WITNESS: NodeId = NodeId::witness(1);
+    pub(crate) const WITNESS: NodeId = NodeId::witness(1);
 
     /// Nodes 1 to `sites.len()`, all up, each with its site; `-` for none.
-    pub(super) fn cluster(sites: &[&str], witness: bool) -> ClusterState {
+    pub(crate) fn cluster(sites: &[&str], witness: bool) -> ClusterState {
         let mut state = ClusterState::default();
         for (index, site) in sites.iter().enumerate() {
             let id = NodeId(index as u64 + 1);

@@ -398,8 +398,10 @@ impl DiskLease {
         let patience = match self.want {
             Want::Nothing => None,
             Want::Host => Some(0),
-            // The one that should host goes first, unless it is the one that died.
-            Want::StandIn { rank } => Some(stagger * (rank + if self.died { 0 } else { 2 })),
+            // The one that should host goes first, unless it is the one that died: it
+            // looks every so often.
+            Want::StandIn { rank } if self.died => Some(stagger * rank),
+            Want::StandIn { rank } => Some(stagger * rank + 2 * self.timing.watch_ms()),
         };
         let due = patience.map(|patience| free.plus_ms(patience).max(self.claim_at));
         let pause = match self.want {

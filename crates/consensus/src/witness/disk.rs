@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use holdfast_core::NodeId;
 use holdfast_core::witness::{Block, DiskTiming, HOSTS, Look, Seen, Use};
-use nix::fcntl::{FallocateFlags, OFlag, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use uuid::Uuid;
 
 use super::layout::{self, AREAS, AreaHead, BLOCK, FoundSuperblock, LOOK, LOOK_BYTES, Superblock};
@@ -98,16 +98,17 @@ impl Disk {
     /// Makes `path` a witness's disk with this mark. A file that is not there is
     /// created; whatever holds anything is refused, but for this cluster's former
     /// witnesses with one of the marks `former`, when nobody hosts them any more.
+    /// Says whether a file was created.
     ///
     /// # Errors
     /// It is missing, too small, in use, or cannot be written.
-    pub fn format(path: &Path, cluster: Uuid, mark: Uuid, former: &[Uuid]) -> Result<(), DiskError> {
+    pub fn format(path: &Path, cluster: Uuid, mark: Uuid, former: &[Uuid]) -> Result<bool, DiskError> {
         let created = create(path)?;
         let formatted = write_format(path, cluster, mark, former);
         if formatted.is_err() && created {
             let _ = fs::remove_file(path);
         }
-        formatted
+        formatted.map(|()| created)
     }
 
     /// Takes back what [`Disk::format`] did with this mark: the disk is blank again.
@@ -282,10 +283,11 @@ fn create(path: &Path) -> Result<bool, DiskError> {
         }
         Err(error) => return Err(io_error("create", path)(error)),
     };
-    let grown = fallocate(&file, FallocateFlags::empty(), 0, NEW_BYTES as i64)
-        .map_err(io::Error::from)
-        .or_else(|_| file.set_len(NEW_BYTES))
-        .and_then(|()| file.sync_all());
+    // Written, not only reserved: a file system that has to turn a reserved block into
+    // a written one takes much longer for a durable write, at times longer than a lease.
+    let zeros = vec![0; BLANK_BYTES];
+    let mut pieces = (0..NEW_BYTES).step_by(BLANK_BYTES);
+    let grown = pieces.try_for_each(|at| file.write_all_at(&zeros, at)).and_then(|()| file.sync_all());
     if let Err(error) = grown {
         let _ = fs::remove_file(path);
         return Err(io_error("make room in", path)(error));

@@ -34,6 +34,11 @@ impl Planner<'_> {
             }
         }
         unfit.extend(self.state.nodes.keys().filter(|id| id.0 > HOSTS));
+        // It moves only to a node that is there for certain: a coordinator that was
+        // just elected with the witness's vote has heard of nobody else yet, and would
+        // lose its majority with it.
+        let stays = |id: &NodeId| witness.host == Some(*id) || attendance.present.contains(id);
+        unfit.extend(self.state.nodes.keys().filter(|id| !stays(id)));
         let Some(witness) = self.state.witness.clone() else { return };
         let Some(host) = witness_host(&self.state, attendance.coordinator, &unfit) else { return };
         let strayed = witness.hosted_by.is_some_and(|by| by != host);
@@ -45,5 +50,73 @@ impl Planner<'_> {
             };
             self.decide(Action::SeatWitness { host }, cause);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::check;
+    use crate::observed::{Attending, NodeObserved, NodeReport, Observed, WitnessReport};
+    use crate::plan::plan;
+    use crate::quorum::tests::{WITNESS, cluster};
+    use crate::state::ClusterState;
+
+    const ONE: NodeId = NodeId(1);
+    const TWO: NodeId = NodeId(2);
+
+    fn observed(coordinator: NodeId, present: &[NodeId]) -> Observed {
+        let attendance = Attending { coordinator, present: present.iter().copied().collect(), ..Attending::default() };
+        Observed { attendance: Some(attendance), ..Observed::default() }
+    }
+
+    fn actions(state: &ClusterState, observed: &Observed, now_ms: u64) -> Vec<Action> {
+        let plan = plan(state, observed, now_ms);
+        check(state, &plan).expect("the plan breaks no rule");
+        plan.decisions.into_iter().map(|decision| decision.action).collect()
+    }
+
+    fn hosted_by(node: NodeId) -> ClusterState {
+        let mut state = cluster(&["-", "-"], true);
+        if let Some(witness) = &mut state.witness {
+            (witness.host, witness.hosted_by, witness.epoch) = (Some(node), Some(node), 1);
+        }
+        state
+    }
+
+    #[test]
+    fn it_sits_beside_the_coordinator() {
+        let new = cluster(&["-", "-"], true);
+        assert_eq!(actions(&new, &observed(ONE, &[TWO]), 0), [Action::SeatWitness { host: TWO }]);
+        assert_eq!(actions(&hosted_by(TWO), &observed(ONE, &[TWO]), 0), []);
+        assert_eq!(actions(&hosted_by(ONE), &observed(ONE, &[TWO]), 0), [Action::SeatWitness { host: TWO }]);
+    }
+
+    #[test]
+    fn a_coordinator_that_was_elected_with_it_keeps_it_until_it_hears_another() {
+        let state = hosted_by(TWO);
+        assert_eq!(actions(&state, &observed(TWO, &[]), 0), [], "node 1 may be dead");
+        assert_eq!(actions(&state, &observed(TWO, &[ONE]), 0), [Action::SeatWitness { host: ONE }]);
+    }
+
+    #[test]
+    fn what_nodes_say_is_told_once_and_a_node_that_cannot_use_the_disk_does_not_host() {
+        let mut state = hosted_by(TWO);
+        let mut observed = observed(ONE, &[TWO]);
+        let node = &state.nodes[&TWO];
+        let said = WitnessReport { id: WITNESS, hosts_since: Some(4), trouble: Some("cannot read it".into()) };
+        let report =
+            NodeReport { incarnation: node.incarnation, term: node.term, witness: Some(said), ..NodeReport::default() };
+        observed.nodes.insert(TWO, NodeObserved { report: Some(report), ..NodeObserved::default() });
+        let trouble = Action::WitnessTrouble { node: TWO, why: Some("cannot read it".into()) };
+        let hosts = Action::WitnessHosted { node: TWO, epoch: 4 };
+        let moves = Action::SeatWitness { host: ONE };
+        assert_eq!(actions(&state, &observed, 0), [trouble, hosts, moves]);
+        for decision in plan(&state, &observed, 0).decisions {
+            state.decide(0, &decision);
+        }
+        assert_eq!(actions(&state, &observed, 0), []);
+        // Node 2 still hosts it: it is asked again, but not at once.
+        assert_eq!(actions(&state, &observed, BACK_AFTER_MS), [Action::SeatWitness { host: ONE }]);
     }
 }

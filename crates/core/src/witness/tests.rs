@@ -113,7 +113,7 @@ fn a_stand_in_lets_the_host_go_first() {
     let mut two = world.node(2, Want::StandIn { rank: 0 });
     world.step(&mut two);
     assert!(matches!(two.next(ms(world.now)), Step::Wait(_)));
-    world.until_held(&mut two, 2 * TIMING.stagger_ms() + 10);
+    world.until_held(&mut two, 2 * TIMING.watch_ms() + 10);
 }
 
 #[test]

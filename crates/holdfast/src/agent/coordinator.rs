@@ -17,6 +17,8 @@ use crate::realtime::boot_time;
 
 /// Planned at every change, and this often for what only time changes.
 const EVERY: Duration = Duration::from_millis(500);
+/// A plan that could not even be proposed is made anew after this.
+const NOT_PROPOSED: Duration = Duration::from_millis(10);
 /// A keeper that was not heard for so many heartbeats is not asking for a lease.
 const HEARD_WITHIN_HEARTBEATS: u64 = 5;
 /// A network on which a node was not heard for so long does not carry its heartbeats.
@@ -43,6 +45,7 @@ pub fn observe(member: &Member) -> Observed {
         };
         observed.nodes.insert(slot.node, seen);
     }
+    observed.attendance = Some(member.roll.attending(&state, member.me, now));
     for (node, report) in reports {
         observed.nodes.entry(node).or_default().report = Some(report);
     }
@@ -200,7 +203,11 @@ impl Agent {
                     member.consensus.wait_applied(index, EVERY).await;
                 }
             }
-            Err(error) => tracing::debug!(%error, "a plan was not proposed"),
+            Err(error) => {
+                tracing::debug!(%error, "a plan was not proposed");
+                // Where this node stands may be known a moment later only.
+                sleep(NOT_PROPOSED).await;
+            }
         }
     }
 }

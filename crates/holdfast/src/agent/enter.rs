@@ -17,7 +17,8 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
-use super::peers::{ConsensusLane, Peers, addresses, heartbeat_addresses};
+use super::lane::ConsensusLane;
+use super::peers::{Peers, addresses, heartbeat_addresses};
 use super::{Agent, Failure, Member, guests, members, now_ms, report, rpc};
 use crate::generation::{Allegiance, Kept};
 use crate::heartbeat::SecretKey;
@@ -86,7 +87,9 @@ impl Agent {
         let allegiance = Arc::new(Allegiance::new(generation, config.state_dir.clone(), self.0.stop.clone()));
         let peers = Arc::new(Peers::new(identity.client_config()?, self.changes(), allegiance.clone()));
         let settings = Settings::new(me, directory);
-        let consensus = Consensus::start(settings, Arc::new(ConsensusLane(Arc::clone(&peers)))).await?;
+        let witnesses = Arc::new(super::witness::Seats::default());
+        let lane = ConsensusLane { peers: Arc::clone(&peers), witnesses: Arc::clone(&witnesses), me, home: None };
+        let consensus = Consensus::start(settings, Arc::new(lane)).await?;
         let leases = Leases::start(LeasesConfig {
             cluster: generation.scope(identity.cluster),
             node: me,
@@ -108,6 +111,7 @@ impl Agent {
             reports: report::Reports::new(),
             fences: super::fencing::Fences::default(),
             roll: members::Roll::new(),
+            witnesses,
             guests: guests::Guests::default(),
         }));
         if self.0.member.set(member).is_err() {
@@ -120,6 +124,7 @@ impl Agent {
         tokio::spawn(self.clone().keep_authority(member));
         tokio::spawn(self.clone().keep_coordinating(member));
         tokio::spawn(self.clone().keep_reporting(member));
+        tokio::spawn(self.clone().keep_witnesses(member));
         tokio::spawn(self.clone().act_when_caught_up(member));
         tokio::spawn(self.clone().greet(member));
         Ok(member)

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use holdfast_consensus::Participants;
 use holdfast_core::lease::{Authority, BootTime};
-use holdfast_core::quorum::{Attendance, Seats, Survey, seats, survey};
+use holdfast_core::quorum::{Attendance, SILENT_MS, Seats, Survey, seats, survey};
 use holdfast_core::*;
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -30,6 +30,18 @@ impl Roll {
     /// Nobody was heard yet.
     pub fn new() -> Self {
         Roll(Mutex::new(Attendance::new(BootTime(0))))
+    }
+
+    /// Who has acknowledged nothing for long.
+    pub fn attending(&self, state: &ClusterState, coordinator: NodeId, now: BootTime) -> Attending {
+        let attendance = self.attendance();
+        let silent = |id: &NodeId| *id != coordinator && attendance.silent_ms(*id, now) > SILENT_MS;
+        let present = |id: &NodeId| attendance.is_present(*id, now);
+        Attending {
+            coordinator,
+            silent: state.nodes.keys().copied().filter(silent).collect(),
+            present: state.nodes.keys().copied().filter(present).collect(),
+        }
     }
 
     fn attendance(&self) -> MutexGuard<'_, Attendance> {

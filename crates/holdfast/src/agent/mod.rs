@@ -17,11 +17,13 @@ mod force;
 mod guest;
 mod guests;
 mod keeper_link;
+mod lane;
 mod members;
 pub mod peers;
 mod report;
 pub mod rpc;
 mod volumes;
+mod witness;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -89,6 +91,7 @@ struct Member {
     reports: report::Reports,
     fences: fencing::Fences,
     roll: members::Roll,
+    witnesses: Arc<witness::Seats>,
     guests: guests::Guests,
 }
 

@@ -8,9 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use holdfast_consensus::{RpcKind, Transport, TransportError};
 use holdfast_core::lease::BootTime;
 use holdfast_core::{ClusterState, Node, NodeId, subnet};
 use http_body_util::{BodyExt, Full, Limited};
@@ -41,6 +39,8 @@ const STALE_MS: u64 = 400;
 pub enum Lane {
     /// What the Raft engine says.
     Consensus,
+    /// What it says to a witness: its disk may hang.
+    Witness,
     /// Everything else.
     Work,
 }
@@ -127,7 +127,12 @@ impl Peers {
         serde_json::from_slice(&answer).map_err(unreadable)
     }
 
-    async fn call(
+    /// The other nodes that the state knows.
+    pub fn others(&self, me: NodeId) -> Vec<NodeId> {
+        self.state.borrow().nodes.keys().copied().filter(|node| *node != me).collect()
+    }
+
+    pub(super) async fn call(
         &self,
         node: NodeId,
         lane: Lane,
@@ -322,29 +327,4 @@ fn on_cluster_networks<'a>(state: &'a ClusterState, node: &'a Node) -> impl Iter
         .collect();
     usable.sort_unstable();
     usable.into_iter().map(|(_, ip)| ip)
-}
-
-/// Carries the Raft engine's calls.
-pub struct ConsensusLane(pub Arc<Peers>);
-
-impl Transport for ConsensusLane {
-    fn call(
-        &self,
-        target: NodeId,
-        address: &str,
-        kind: RpcKind,
-        body: Bytes,
-        deadline: Duration,
-    ) -> BoxFuture<'_, Result<Bytes, TransportError>> {
-        let address = address.to_owned();
-        Box::pin(async move {
-            let path = format!("/node/consensus/{}", kind.name());
-            let answer = self.0.call(target, Lane::Consensus, Some(&address), &path, body, deadline).await;
-            answer.map_err(|error| match error {
-                CallError::Unreachable(why) => TransportError::Unreachable(why),
-                CallError::Deadline => TransportError::Deadline,
-                CallError::Refused { text, .. } => TransportError::Refused(text),
-            })
-        })
-    }
 }

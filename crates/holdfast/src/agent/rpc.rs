@@ -16,6 +16,7 @@ use super::enter::{JoinAnswer, JoinRefusal, JoinRequest};
 use super::fencing::FenceTestCall;
 use super::report::Numbered;
 use super::volumes::{Probe, Probed};
+use super::witness;
 use super::{Agent, Attempt, CONSOLE_PROTOCOL, Failure, Member, Proposed, coordinator, members};
 use crate::http::{ApiError, Peer};
 
@@ -36,8 +37,15 @@ pub const PROBE: &str = "/node/probe-volume";
 pub const FENCE_TEST: &str = "/node/fence-test";
 /// Lets a host join.
 pub const JOIN: &str = "/api/v1/join";
+/// Looks at a disk that is to become the witness.
+pub const PROBE_WITNESS: &str = "/node/probe-witness";
 /// A snapshot may travel in one body.
 const LONGEST_BODY: usize = 64 << 20;
+
+/// Where a witness is called at the node that hosts it.
+pub fn witness_path(witness: NodeId, kind: RpcKind) -> String {
+    format!("/node/witness/{witness}/{}", kind.name())
+}
 
 /// Where a VM's console is opened at the node that runs it.
 pub fn console_path(vm: VmId) -> String {
@@ -92,6 +100,8 @@ struct Context {
 pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
     Router::new()
         .route("/node/consensus/{kind}", post(consensus))
+        .route("/node/witness/{id}/{kind}", post(to_witness))
+        .route(PROBE_WITNESS, post(probe_witness))
         .route(PROPOSE, post(propose))
         .route(REPORT, post(report))
         .route(OBSERVED, post(observed))
@@ -114,9 +124,19 @@ async fn greet(State(context): State<Context>) -> Json<(u64, u64)> {
 
 async fn consensus(State(context): State<Context>, Path(kind): Path<String>, body: Bytes) -> Response {
     let Some(kind) = RpcKind::from_name(&kind) else { return StatusCode::NOT_FOUND.into_response() };
-    match context.member.consensus.handle(kind, body).await {
+    answered(context.member.consensus.handle(kind, body).await)
+}
+
+async fn to_witness(State(context): State<Context>, Path((id, kind)): Path<(u64, String)>, body: Bytes) -> Response {
+    let Some(kind) = RpcKind::from_name(&kind) else { return StatusCode::NOT_FOUND.into_response() };
+    answered(context.member.witnesses.handle(NodeId(id), kind, body).await)
+}
+
+fn answered(answer: Result<Bytes, RpcError>) -> Response {
+    match answer {
         Ok(answer) => answer.into_response(),
         Err(error @ RpcError::Malformed { .. }) => (StatusCode::BAD_REQUEST, error.to_string()).into_response(),
+        Err(error @ RpcError::NotHosted) => (StatusCode::MISDIRECTED_REQUEST, error.to_string()).into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response(),
     }
 }
@@ -159,6 +179,10 @@ async fn probe(State(context): State<Context>, Json(probe): Json<Probe>) -> Json
 async fn fence_test(State(context): State<Context>, Json(call): Json<FenceTestCall>) -> Json<FenceTest> {
     let state = context.agent.state();
     Json(context.agent.try_fencing(&state, call.node, &call.fencing).await)
+}
+
+async fn probe_witness(State(context): State<Context>, Json(probe): Json<witness::Probe>) -> Json<witness::Probed> {
+    Json(context.agent.probe_witness(probe).await)
 }
 
 async fn announce(

@@ -1,8 +1,9 @@
 //! The quorum.
 
 use holdfast_api as api;
+use hyper::Method;
 
-use super::args::QuorumCommand;
+use super::args::{QuorumCommand, WitnessCommand};
 use super::client::Client;
 use super::{Done, output};
 
@@ -23,6 +24,19 @@ pub async fn quorum(client: &Client, command: QuorumCommand, json: bool) -> Done
                 true => output::json(&forced),
                 false => output::line(&tell(&forced)),
             }
+        }
+        QuorumCommand::Witness(WitnessCommand::Show) => {
+            let view: api::WitnessView = client.get("/api/v1/quorum/witness").await?;
+            show_witness(&view, json)
+        }
+        QuorumCommand::Witness(WitnessCommand::Set { disk: Some(disk), .. }) => {
+            let request = api::SetWitness { disk };
+            let view: api::WitnessView = client.send_json(Method::PUT, "/api/v1/quorum/witness", &request).await?;
+            show_witness(&view, json)
+        }
+        QuorumCommand::Witness(WitnessCommand::Set { disk: None, .. }) => {
+            let () = client.delete("/api/v1/quorum/witness").await?;
+            output::line("there is no witness any more; its disk can be used for something else once it votes no more")
         }
     }
 }
@@ -54,6 +68,30 @@ fn tell(forced: &api::ForcedQuorum) -> String {
             forced.node, forced.generation
         )
     }
+}
+
+fn show_witness(witness: &api::WitnessView, json: bool) -> Done {
+    if json {
+        return output::json(witness);
+    }
+    let age = |ms: Option<u64>| ms.map_or_else(|| "-".into(), |ms| format!("{ms} ms ago"));
+    let health = match (&witness.why, witness.healthy) {
+        (Some(why), _) => format!("no: {why}"),
+        (None, healthy) => output::yes(healthy),
+    };
+    let seen = match &witness.seen_from {
+        Some(node) => format!("{}, from {node}", age(witness.seen_ms)),
+        None => "-".into(),
+    };
+    output::facts(&[
+        ("disk", witness.disk.clone()),
+        ("votes", output::yes(witness.votes)),
+        ("healthy", health),
+        ("host", output::or_dash(witness.host.as_ref())),
+        ("hosted by", format!("{} (epoch {})", output::or_dash(witness.hosted_by.as_ref()), witness.epoch)),
+        ("acknowledged", age(witness.silent_ms)),
+        ("disk seen", seen),
+    ])
 }
 
 fn show(quorum: &api::QuorumView) -> Done {

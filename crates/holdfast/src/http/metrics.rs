@@ -46,6 +46,11 @@ pub fn text(state: &ClusterState, from: Vantage<'_>) -> Result<String, std::fmt:
             "Voters that acknowledged something to the coordinator a moment ago",
             count(cluster.quorum.connected),
         );
+        if let Some(witness) = &state.witness {
+            single("witness_votes", "Whether the witness votes", from.voters.contains(&witness.id).into());
+            single("witness_epoch", "Claims on the witness's disk so far", bytes(witness.epoch));
+            single("witness_trouble", "Nodes that cannot use the witness's disk", count(witness.trouble.len()));
+        }
         single("warnings", "Conditions that somebody should look at", count(cluster.warnings.len()));
         single("events", "Events of the cluster so far", bytes(state.last_event));
     }

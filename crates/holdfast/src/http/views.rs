@@ -4,6 +4,7 @@
 mod fencing;
 mod quorum;
 mod vm;
+mod witness;
 
 use std::collections::BTreeMap;
 
@@ -16,6 +17,7 @@ pub use quorum::quorum;
 #[cfg(test)]
 pub use vm::definition;
 pub use vm::{explanation, vm, vm_state};
+pub use witness::witness;
 
 /// What the coordinator observes, or nothing when it cannot be asked.
 pub type Seen<'a> = Option<&'a BTreeMap<NodeId, NodeObserved>>;
@@ -74,6 +76,7 @@ fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
         warnings.push(format!("node {}: {trouble}", state.node_name(me)));
     }
     warnings.extend(quorum::warning(state, from));
+    warnings.extend(witness::warnings(state));
     for node in state.nodes.values() {
         let name = &node.name;
         match node.membership {

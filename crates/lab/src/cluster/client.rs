@@ -220,6 +220,11 @@ requests! {
     fence(node: &str) -> api::FencingView = "POST" "/api/v1/nodes/{node}/fence", &();
     /// Who votes and why.
     quorum() -> api::QuorumView = "GET" "/api/v1/quorum", &();
+    /// How the witness stands.
+    witness() -> api::WitnessView = "GET" "/api/v1/quorum/witness", &();
+    /// Makes a disk the witness.
+    set_witness(disk: &str) -> api::WitnessView =
+        "PUT" "/api/v1/quorum/witness", &api::SetWitness { disk: disk.into() };
     /// Says at which site a node stands.
     set_site(name: &str, site: &str) -> api::NodeView =
         "PATCH" "/api/v1/nodes/{name}", &api::SetNode { site: site.into() };

@@ -30,3 +30,4 @@ mod quorum;
 mod quorum_forced;
 mod room;
 mod sixteen;
+mod witness;

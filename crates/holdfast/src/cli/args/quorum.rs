@@ -28,4 +28,24 @@ pub enum QuorumCommand {
         #[arg(long)]
         the_others_are_switched_off: bool,
     },
+    /// The witness: a vote on a disk or file that every node sees.
+    #[command(subcommand)]
+    Witness(WitnessCommand),
+}
+
+/// `holdfast quorum witness`.
+#[derive(Debug, Subcommand)]
+pub enum WitnessCommand {
+    /// Makes a disk the witness, or does without one.
+    Set {
+        /// The disk or file, under the same path on every node; a file that is not
+        /// there is created, whatever holds something is refused.
+        #[arg(long, value_name = "PATH", required_unless_present = "none", conflicts_with = "none")]
+        disk: Option<String>,
+        /// Do without a witness.
+        #[arg(long)]
+        none: bool,
+    },
+    /// Where it is, who hosts it, and how it does.
+    Show,
 }

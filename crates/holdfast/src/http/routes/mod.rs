@@ -9,6 +9,7 @@ mod nodes;
 mod quorum;
 mod vms;
 mod volumes;
+mod witness;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -49,6 +50,7 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(fencing::fence))
         .routes(routes!(quorum::show))
         .routes(routes!(quorum::force))
+        .routes(routes!(witness::show, witness::set, witness::clear))
         .routes(routes!(networks::list))
         .routes(routes!(networks::set))
         .routes(routes!(networks::list_switches, networks::add_switch))
