@@ -196,7 +196,7 @@ fn a_node_shows_what_it_has_and_what_is_promised() {
     assert_eq!(view.memory_promised_bytes + view.memory_free_bytes, view.memory_bytes);
     assert!(view.memory_promised_bytes > 1 << 30);
     assert_eq!(view.addresses[0].network.as_deref(), Some("network-1"));
-    assert!(view.fencing.contains("self-fencing by lease"));
+    assert!(view.fencing.contains("by its lease"), "{}", view.fencing);
     let view = network(&state, "10.0.0.0/24", &state.networks["10.0.0.0/24"]);
     assert_eq!(view.nodes, ["n1", "n2"]);
 }
