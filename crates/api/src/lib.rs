@@ -18,6 +18,7 @@ mod stream;
 mod token;
 mod vm;
 mod volume;
+mod what_if;
 mod witness;
 
 pub use cluster::{ClusterView, Counts, FoundCluster, Founded, ProfileName, Quorum, SetProfile};
@@ -35,4 +36,5 @@ pub use vm::{
     NicDefinition, Priority, StopVm, VmDefinition, VmState, VmView,
 };
 pub use volume::{AddVolume, Reach, VolumeKind, VolumeView};
+pub use what_if::{VmFate, VmForecast, WhatIfView, Within};
 pub use witness::{SetWitness, WitnessView};

@@ -152,6 +152,12 @@ impl Agent {
         Some(self.0.member.get()?.consensus.standing().borrow().clone())
     }
 
+    /// For how long after its last word to a quorum a coordinator has authority, in
+    /// milliseconds; `None` before this host is in a cluster.
+    pub fn authority_window_ms(&self) -> Option<u64> {
+        Some(self.0.member.get()?.consensus.authority_window_ms())
+    }
+
     fn member(&self) -> Result<&'static Member, Failure> {
         self.0.member.get().copied().ok_or(Failure::NotInCluster)
     }

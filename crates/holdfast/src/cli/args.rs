@@ -100,6 +100,8 @@ pub enum Command {
     Job(Group<JobCommand>),
     /// What happened.
     Events(EventsArgs),
+    /// What would happen to every VM if; changes nothing.
+    WhatIf(WhatIfArgs),
     /// Why something is as it is.
     Explain(Group<ExplainCommand>),
     /// Tokens for the API from afar.
@@ -371,6 +373,18 @@ pub struct EventsArgs {
     pub since: u64,
 }
 
+/// `holdfast what-if`.
+#[derive(Clone, Debug, Args)]
+pub struct WhatIfArgs {
+    /// How results are printed.
+    #[command(flatten)]
+    pub format: Format,
+    /// "lose NODE", "lose NODE and NODE", "lose site SITE", "lose witness", "lose volume VOLUME on
+    /// NODE", "cut network NETWORK", "cut network NETWORK on NODE", "drain NODE", joined by "and".
+    #[arg(required = true, value_name = "EVENT")]
+    pub phrase: Vec<String>,
+}
+
 /// `holdfast explain`.
 #[derive(Debug, Subcommand)]
 pub enum ExplainCommand {
@@ -452,6 +466,7 @@ mod tests {
             "job cancel 7 --follow",
             "events --follow --json",
             "explain vm web",
+            "what-if lose n1 and n2 --json",
             "token create ci --server https://n1 --token secret --ca ca.pem",
             "completions bash",
             "man /tmp/man",
@@ -472,6 +487,7 @@ mod tests {
         for line in [
             "",
             "vm create",
+            "what-if",
             "vm create web --disk :20G",
             "vm create web --disk main:20X",
             "vm create web --disk main:20G,format=vmdk",

@@ -11,6 +11,7 @@ mod job;
 mod output;
 mod quorum;
 mod vm;
+mod what_if;
 
 use std::process::ExitCode;
 
@@ -74,6 +75,7 @@ async fn dispatch(cli: Cli) -> Done {
         Command::Token(args) => cluster::token(&client()?, args.command, json || args.format.json).await,
         Command::Vm(args) => vm::vm(&client()?, args.command, json || args.format.json).await,
         Command::Explain(args) => vm::explain(&client()?, args.command, json || args.format.json).await,
+        Command::WhatIf(args) => what_if::what_if(&client()?, &args.phrase, json || args.format.json).await,
         Command::Job(args) => job::job(&client()?, args.command, json || args.format.json).await,
         Command::Events(args) => job::events(&client()?, args.follow, args.since, json || args.format.json).await,
         Command::Completions { shell } => documents::completions(shell),

@@ -4,6 +4,7 @@
 mod fencing;
 mod quorum;
 mod vm;
+mod what_if;
 mod witness;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ pub use quorum::quorum;
 #[cfg(test)]
 pub use vm::definition;
 pub use vm::{explanation, vm, vm_state};
+pub use what_if::what_if;
 pub use witness::witness;
 
 /// What the coordinator observes, or nothing when it cannot be asked.

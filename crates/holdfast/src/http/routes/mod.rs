@@ -9,6 +9,7 @@ mod nodes;
 mod quorum;
 mod vms;
 mod volumes;
+mod what_if;
 mod witness;
 
 use std::collections::BTreeMap;
@@ -49,6 +50,7 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(fencing::test))
         .routes(routes!(fencing::fence))
         .routes(routes!(quorum::show))
+        .routes(routes!(what_if::ask))
         .routes(routes!(quorum::force))
         .routes(routes!(witness::show, witness::set, witness::clear))
         .routes(routes!(networks::list))
