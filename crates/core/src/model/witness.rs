@@ -32,6 +32,9 @@ pub struct Witness {
     /// The node that hosts it, as far as it was told.
     #[serde(default)]
     pub hosted_by: Option<NodeId>,
+    /// When that was told, milliseconds since the Unix epoch.
+    #[serde(default)]
+    pub hosted_ms: u64,
     /// The highest epoch on the disk that was told: a disk that shows less is stale.
     #[serde(default)]
     pub epoch: u64,
@@ -51,6 +54,7 @@ impl Witness {
             decided: 0,
             decided_ms: 0,
             hosted_by: None,
+            hosted_ms: 0,
             epoch: 0,
             trouble: BTreeMap::new(),
         }

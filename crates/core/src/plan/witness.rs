@@ -42,7 +42,10 @@ impl Planner<'_> {
         let Some(witness) = self.state.witness.clone() else { return };
         let Some(host) = witness_host(&self.state, attendance.coordinator, &unfit) else { return };
         let strayed = witness.hosted_by.is_some_and(|by| by != host);
-        let back = strayed && self.now_ms.saturating_sub(witness.decided_ms) >= BACK_AFTER_MS;
+        // Whoever should have it was silent when another took over, and may be dead:
+        // giving it back at once would give the majority away with it.
+        let since_ms = witness.decided_ms.max(witness.hosted_ms);
+        let back = strayed && self.now_ms.saturating_sub(since_ms) >= BACK_AFTER_MS;
         if witness.host != Some(host) || back {
             let cause = match host == attendance.coordinator {
                 true => Cause::NobodyElse { coordinator: host },
@@ -97,6 +100,25 @@ mod tests {
         let state = hosted_by(TWO);
         assert_eq!(actions(&state, &observed(TWO, &[]), 0), [], "node 1 may be dead");
         assert_eq!(actions(&state, &observed(TWO, &[ONE]), 0), [Action::SeatWitness { host: ONE }]);
+    }
+
+    #[test]
+    fn who_took_it_over_does_not_give_it_back_to_one_that_may_be_dead() {
+        let mut state = hosted_by(TWO);
+        let mut observed = observed(ONE, &[TWO]);
+        let node = &state.nodes[&ONE];
+        let said = WitnessReport { id: WITNESS, hosts_since: Some(2), trouble: None };
+        let report =
+            NodeReport { incarnation: node.incarnation, term: node.term, witness: Some(said), ..NodeReport::default() };
+        observed.nodes.insert(ONE, NodeObserved { report: Some(report), ..NodeObserved::default() });
+        let now_ms = 1_000_000;
+        for decision in plan(&state, &observed, now_ms).decisions {
+            assert_eq!(decision.action, Action::WitnessHosted { node: ONE, epoch: 2 });
+            state.decide(now_ms, &decision);
+        }
+        assert_eq!(actions(&state, &observed, now_ms + BACK_AFTER_MS - 1), []);
+        let back = Action::SeatWitness { host: TWO };
+        assert_eq!(actions(&state, &observed, now_ms + BACK_AFTER_MS), [back]);
     }
 
     #[test]

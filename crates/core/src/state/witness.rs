@@ -50,6 +50,7 @@ impl ClusterState {
         let Some(witness) = &mut self.witness else { return };
         let moved = witness.hosted_by != Some(host);
         witness.hosted_by = Some(host);
+        witness.hosted_ms = at_ms;
         witness.epoch = witness.epoch.max(epoch);
         if moved {
             self.event(at_ms, Severity::Info, SUBJECT, format!("is hosted by {name} (epoch {epoch})"));

@@ -18,6 +18,9 @@ use crate::realtime::boot_time;
 const EVERY: Duration = Duration::from_millis(250);
 /// How often a failed change of the members is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
+/// The witness moves only to a node that acknowledged something so lately, in
+/// milliseconds: three heartbeats.
+const LATELY_MS: u64 = 300;
 /// What stands for the witness's address: whoever hosts it is asked.
 const WITNESS_ADDRESS: &str = "witness";
 
@@ -36,7 +39,7 @@ impl Roll {
     pub fn attending(&self, state: &ClusterState, coordinator: NodeId, now: BootTime) -> Attending {
         let attendance = self.attendance();
         let silent = |id: &NodeId| *id != coordinator && attendance.silent_ms(*id, now) > SILENT_MS;
-        let present = |id: &NodeId| attendance.is_present(*id, now);
+        let present = |id: &NodeId| attendance.is_present(*id, now) && attendance.silent_ms(*id, now) < LATELY_MS;
         Attending {
             coordinator,
             silent: state.nodes.keys().copied().filter(silent).collect(),
