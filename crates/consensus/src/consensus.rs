@@ -81,7 +81,7 @@ impl Consensus {
     /// Refuses damaged files without touching them. A node that was a voter before
     /// is silent for the settings' hold time.
     pub async fn start(settings: Settings, transport: Arc<dyn Transport>) -> Result<Consensus, ConsensusError> {
-        settings.engine(false)?;
+        settings.engine()?;
         let directory = &settings.directory;
         fs::DirBuilder::new()
             .recursive(true)
@@ -141,7 +141,7 @@ impl Consensus {
         let state = machine.watch();
         let starting = Engine::new(
             settings.me.0,
-            settings.engine(held)?,
+            settings.engine()?,
             Network(wire.clone()),
             Log::new(recovered, wal.clone()),
             machine,
@@ -152,7 +152,7 @@ impl Consensus {
             .map_err(|e| ConsensusError::Stopped(e.to_string()))?;
         let node = Arc::new(Node::new(engine, wire, troubled, settings.heartbeat(), settings.hold(), held));
         node.refresh();
-        let tasks = vec![tokio::spawn(node.clone().follow()), tokio::spawn(node.clone().campaign())];
+        let tasks = vec![tokio::spawn(node.clone().follow()), tokio::spawn(node.clone().keep_pace())];
         let inner = Inner {
             settings,
             node,

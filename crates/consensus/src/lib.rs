@@ -23,8 +23,8 @@
 //!   (`src/engine/handler/vote_handler/mod.rs`, `update_vote`; the length is
 //!   `election_timeout_max`, `src/engine/engine_config.rs`). Until it is over, votes and
 //!   pre-votes are refused (`src/engine/engine_impl.rs`, `handle_vote_req`,
-//!   `handle_pre_vote_req`) and it does not campaign (`pre_elect`;
-//!   `src/core/raft_core.rs`, `handle_tick_election`). Voters measure it on
+//!   `handle_pre_vote_req`) and it does not campaign (`pre_elect`; the engine's own
+//!   tick is off, and what `pace.rs` does waits longer still). Voters measure it on
 //!   CLOCK_MONOTONIC: one that sleeps holds still longer, never shorter.
 //! * A restarted voter has forgotten its lease (`src/storage/helper.rs` starts it
 //!   with length zero). So a node that finds anything in its directory neither
@@ -57,6 +57,7 @@ mod mark;
 mod medium;
 mod members;
 mod network;
+mod pace;
 mod record;
 mod settings;
 mod snapshot;

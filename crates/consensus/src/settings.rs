@@ -70,9 +70,8 @@ impl Settings {
         Duration::from_millis(self.propose_deadline_ms)
     }
 
-    /// The engine's configuration. `held`: an earlier life of this node may have
-    /// voted, so it must not campaign yet.
-    pub(crate) fn engine(&self, held: bool) -> Result<Arc<Config>, ConsensusError> {
+    /// The engine's configuration.
+    pub(crate) fn engine(&self) -> Result<Arc<Config>, ConsensusError> {
         let (window, hold) = self.election_ms;
         if self.heartbeat_ms == 0 || window < self.heartbeat_ms * 3 {
             return Err(ConsensusError::Settings(format!(
@@ -104,7 +103,8 @@ impl Settings {
             api_channel_size: Some(1024),
             notification_channel_size: Some(4096),
             state_machine_channel_size: Some(256),
-            enable_elect: !held,
+            // What is due when, pace.rs says.
+            enable_tick: false,
             // A removed coordinator would hand over by itself, without asking
             // whether this node still relies on its authority. It is not allowed
             // to be removed (Consensus::set_members), so this never applies.

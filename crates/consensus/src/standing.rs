@@ -1,5 +1,4 @@
-//! Where this node stands: its role, who coordinates, how sure that is. And the
-//! campaign that makes it coordinator when nobody else is.
+//! Where this node stands: its role, who coordinates, how sure that is.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -77,7 +76,7 @@ pub(crate) struct Node {
     heard: Mutex<Instant>,
     /// When this node started, if an earlier life of it may have voted or accepted
     /// a coordinator.
-    held_since: Option<Instant>,
+    pub(crate) held_since: Option<Instant>,
 }
 
 impl Node {
@@ -126,7 +125,7 @@ impl Node {
     }
 
     /// Whether a coordinator may still rely on an earlier life of this node.
-    fn held(&self) -> bool {
+    pub(crate) fn held(&self) -> bool {
         self.held_since.is_some_and(|since| since.elapsed() <= self.hold)
     }
 
@@ -199,8 +198,7 @@ impl Node {
 
     /// Keeps the standing up to date until the engine has stopped.
     pub(crate) async fn follow(self: Arc<Self>) {
-        // Not `metrics()`, which is sent anew at each of the engine's ticks: an
-        // idle node should sleep.
+        // Not `metrics()`, which is sent anew at each heartbeat: an idle node should sleep.
         let mut server = self.engine.server_metrics();
         let mut data = self.engine.data_metrics();
         let mut trouble = self.trouble.clone();
@@ -228,55 +226,6 @@ impl Node {
                 self.refresh();
                 return;
             }
-        }
-    }
-
-    /// Starts an election soon after the coordinator's silence has lasted for
-    /// `hold`, one voter after the other.
-    ///
-    /// The engine's own timer waits for twice as long: `hold` and then an election
-    /// timeout that is as long (src/engine/engine_config.rs: the lease *is*
-    /// `election_timeout_max`). It stays on as the second line.
-    /// Asking early harms nobody: a pre-vote changes nothing, and every voter that
-    /// still hears the coordinator refuses it.
-    pub(crate) async fn campaign(self: Arc<Self>) {
-        let step = (self.heartbeat / 4).clamp(Duration::from_millis(5), Duration::from_millis(20));
-        if let Some(since) = self.held_since {
-            tokio::time::sleep_until(since + self.hold).await;
-            while self.held() {
-                tokio::time::sleep(step).await;
-            }
-            self.engine.runtime_config().elect(true);
-        }
-        loop {
-            let metrics = self.metrics();
-            if metrics.running_state.is_err() {
-                return;
-            }
-            let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
-            let me = self.wire.me;
-            if metrics.state == ServerState::Leader || voters.len() < 2 || !voters.contains(&me) {
-                tokio::time::sleep(self.heartbeat).await;
-                continue;
-            }
-            let rank = voters
-                .iter()
-                .filter(|voter| Some(**voter) != metrics.current_leader)
-                .position(|voter| *voter == me)
-                .unwrap_or(0) as u32;
-            // A witness leads only if no node can: their turn is over first.
-            let rank = if NodeId(me).is_witness() { rank + voters.len() as u32 } else { rank };
-            let due = self.last_heard() + self.hold + step * rank;
-            if Instant::now() <= due {
-                tokio::time::sleep_until(due + Duration::from_millis(1)).await;
-                continue;
-            }
-            if self.engine.trigger().elect(true).await.is_err() {
-                return;
-            }
-            // Enough for the others' answers and, if it is won, for the first
-            // heartbeat; the ranks stay apart in the next round too.
-            tokio::time::sleep(self.heartbeat + step * (voters.len() as u32 + rank)).await;
         }
     }
 }

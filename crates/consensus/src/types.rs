@@ -21,7 +21,7 @@ impl fmt::Display for Item {
 
 // `leader_id_std`: at most one coordinator per term, so that a term names its
 // coordinator. The price, split votes, is kept small by the staggered campaigns
-// (standing.rs).
+// (pace.rs).
 openraft::declare_raft_types!(
     pub(crate) Types:
         D = Item,
