@@ -9,6 +9,12 @@
 //!        it ended, or a new term was granted:
 //!        close the table · [volume server] · SIGKILL · tell
 //! ```
+//! It asks the coordinator, which is whoever granted the lease last, and every node
+//! when nobody has for a while: two missed answers are told from one that is late,
+//! and are fewer than it takes to elect another coordinator, so that one is asked
+//! from its first moment on. Now and then it asks everybody in any case: that is how
+//! the others know over which networks they hear it.
+//!
 //! It has real-time priority, takes no lock, asks for no memory, touches no disk
 //! and writes no log: what there is to say goes to the main thread.
 
@@ -17,7 +23,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 
-use holdfast_core::lease::{BootTime, Granted, NodeLease};
+use holdfast_core::lease::{BootTime, Grant, Granted, NodeLease};
 use holdfast_core::{Incarnation, NodeTerm};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -32,6 +38,9 @@ use crate::realtime::{Alarm, boot_time};
 /// How many datagrams are looked at between two heartbeats; a flood beyond that
 /// waits, so that it cannot occupy a real-time thread.
 const DATAGRAMS_PER_PERIOD: u32 = 2_048;
+
+/// Every so many heartbeats go to all nodes.
+const TO_ALL_EVERY: u64 = 10;
 
 /// Bounds for the time between heartbeats, whatever a grant says, in milliseconds.
 const PERIOD_MS: (u64, u64) = (10, 10_000);
@@ -75,6 +84,16 @@ struct Peer {
     challenged: (u64, u64),
     /// The newest heartbeat whose answer arrived.
     acknowledged: u64,
+    /// When a grant of it last renewed the lease.
+    granted: Option<BootTime>,
+}
+
+impl Peer {
+    /// Whether it grants leases, as far as can be known: it did so less than two and
+    /// a half periods ago.
+    fn grants(&self, now: BootTime, period_ms: u64) -> bool {
+        self.granted.is_some_and(|at| now.ms_since(at) <= period_ms * 5 / 2)
+    }
 }
 
 impl Heartbeating {
@@ -120,6 +139,7 @@ impl Heartbeating {
                 echo: 0,
                 challenged: (0, 0),
                 acknowledged: 0,
+                granted: None,
             });
         }
         Ok(Heartbeating { sockets, peers, period_ms: configuration.heartbeat_ms.clamp(PERIOD_MS.0, PERIOD_MS.1) })
@@ -327,7 +347,11 @@ impl LeaseThread {
                 if grant.incarnation == self.lease.incarnation() {
                     peer.acknowledged = peer.acknowledged.max(grant.sequence);
                 }
-                self.granted(&grant);
+                let now = boot_time();
+                // One that is played back a second time renews nothing.
+                if self.granted(&grant, now) != Granted::Ignored {
+                    peer.granted = Some(now);
+                }
             }
             Some(Message::Probe { incarnation, sequence }) => {
                 if incarnation == self.lease.incarnation() {
@@ -352,14 +376,14 @@ impl LeaseThread {
         }
     }
 
-    fn granted(&mut self, grant: &holdfast_core::lease::Grant) {
-        let now = boot_time();
+    fn granted(&mut self, grant: &Grant, now: BootTime) -> Granted {
         // A lease that ran out has ended, even if this thread comes late to it.
         if self.table.open() && !self.lease.held(now) {
             self.end_lease(now);
         }
-        match self.lease.grant(grant, now) {
-            Granted::Ignored => return,
+        let granted = self.lease.grant(grant, now);
+        match granted {
+            Granted::Ignored => return granted,
             // VMs of an earlier term have to be dead before the new one counts.
             Granted::NewTerm if self.table.open() => self.end_lease(now),
             Granted::NewTerm => {}
@@ -371,6 +395,7 @@ impl LeaseThread {
             Granted::Renewed => {}
         }
         self.period_ms = Some(grant.timing.heartbeat_ms.clamp(PERIOD_MS.0, PERIOD_MS.1));
+        granted
     }
 
     fn begin_lease(&mut self) {
@@ -407,10 +432,12 @@ impl LeaseThread {
             return;
         };
         self.sequence += 1;
-        for peer in &asking.peers {
+        let period_ms = self.period_ms.unwrap_or(asking.period_ms);
+        let to_all =
+            self.sequence.is_multiple_of(TO_ALL_EVERY) || !asking.peers.iter().any(|peer| peer.grants(now, period_ms));
+        for peer in asking.peers.iter().filter(|peer| to_all || peer.grants(now, period_ms)) {
             send(&asking.sockets, peer, self.sequence, now);
         }
-        let period_ms = self.period_ms.unwrap_or(asking.period_ms);
         // Heartbeats that were missed are not made up for.
         self.next_heartbeat = self.next_heartbeat.plus_ms(period_ms);
         if self.next_heartbeat <= now {

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::protocol::*;
 use super::*;
-use crate::leases::tests::wait_for;
+use crate::leases::tests::{loopback, wait_for};
 use crate::realtime::tests::{allocations, readable};
 use crate::realtime::{boot_time, pidfd_open};
 
@@ -332,4 +332,65 @@ fn the_lease_thread_allocates_nothing_and_regains_only_when_all_are_dead() {
     let lost = said.try_recv();
     assert!(matches!(lost, Ok(FromLease::Lost { killed: 1, .. })));
     assert!(matches!(said.try_recv(), Ok(FromLease::Gained { .. })));
+}
+
+/// Counters of the heartbeats that came in at a socket, in their order.
+fn counters(socket: &std::net::UdpSocket) -> Vec<u64> {
+    let mut bytes = [0; crate::heartbeat::DATAGRAM_BYTES];
+    let mut counters = vec![];
+    while let Ok(length) = socket.recv(&mut bytes) {
+        counters.push(crate::heartbeat::Header::parse(&bytes[..length]).unwrap().counter);
+    }
+    counters
+}
+
+#[test]
+fn who_grants_is_asked_and_everybody_when_nobody_does() {
+    let lab = Lab::new();
+    let life = Incarnation(77);
+    lab.leases.become_coordinator(boot_time(), &lab.admit(life, 1), TIMING, TIMING).unwrap();
+    lab.leases.set_authority(FOREVER);
+    let other = std::net::UdpSocket::bind(loopback()).unwrap();
+    other.set_nonblocking(true).unwrap();
+    let Request::Configure(mut configuration) = lab.configure() else { unreachable!() };
+    configuration.peers.push(PeerAddresses {
+        node: NodeId(2),
+        public: crate::heartbeat::SecretKey([9; 32]).public(),
+        addresses: vec![other.local_addr().unwrap()],
+    });
+    let bell = || Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
+    let (table, wake) = (Arc::new(Table::new()), bell());
+    let (outbox, inbox) = sync_channel(QUEUE);
+    let (their_outbox, _said) = sync_channel(QUEUE);
+    let lines = Lines { inbox, wake: wake.clone(), outbox: their_outbox, notify: bell() };
+    let mut thread = LeaseThread::new(life, table.clone(), lines).unwrap();
+    outbox.try_send(ToLease::Ask(Box::new(Heartbeating::new(&configuration, life).unwrap()))).unwrap();
+    wake.write(1).unwrap();
+    let deadline = Instant::now() + SOON;
+    let mut turn = || {
+        assert!(Instant::now() < deadline);
+        thread.wait();
+        thread.turn();
+    };
+    while !table.open() {
+        turn();
+    }
+    assert!(!counters(&other).is_empty(), "nobody had granted yet");
+
+    // A machine that is busy may let some answers come late, never most of them.
+    let mut told = vec![];
+    while told.iter().filter(|counter| *counter % 10 == 0).count() < 3 {
+        turn();
+        told.extend(counters(&other));
+    }
+    assert!(told.len() < 10, "of the 20 heartbeats and more since: {told:?}");
+
+    lab.leases.set_authority(Authority::NONE);
+    let mut told = vec![];
+    while table.open() {
+        turn();
+        told.extend(counters(&other));
+    }
+    let in_a_row = told.windows(2).filter(|pair| pair[0] + 1 == pair[1]).count();
+    assert!(in_a_row >= 3, "well before the lease's end: {told:?}");
 }
