@@ -104,3 +104,20 @@ pub struct SetProfile {
     /// The profile.
     pub profile: ProfileName,
 }
+
+/// Hands the coordination over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HandOver {
+    /// The node that is to coordinate, by its name or its number; any that can when
+    /// absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+}
+
+/// The coordination was handed over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HandedOver {
+    /// The node that coordinates now.
+    pub coordinator: String,
+}

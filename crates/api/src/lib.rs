@@ -21,7 +21,7 @@ mod volume;
 mod what_if;
 mod witness;
 
-pub use cluster::{ClusterView, Counts, FoundCluster, Founded, ProfileName, Quorum, SetProfile};
+pub use cluster::{ClusterView, Counts, FoundCluster, Founded, HandOver, HandedOver, ProfileName, Quorum, SetProfile};
 pub use error::{ErrorBody, ErrorDetail};
 pub use fencing::{FenceTestView, FencingView, SetFencing};
 pub use job::{Event, JobOutcome, JobState, JobView, Moved, Severity};

@@ -43,8 +43,8 @@
 //!   elected needs a majority of the set that this node counts last: an older list
 //!   of members needs it as the old half, a newer one comes from this node alone.
 //!
-//! **Before calling [`Consensus::transfer`] the caller stops granting leases**, and
-//! lets no grant out that it has decided on but not yet sent. The successor waits
+//! **The caller of [`Consensus::transfer`] stops granting leases when it is told to**,
+//! and lets no grant out that it has decided on but not yet sent. The successor waits
 //! out what was granted before, as after any change of coordinator.
 
 mod authority;

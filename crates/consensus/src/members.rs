@@ -139,14 +139,15 @@ impl Consensus {
         self.leading().map(drop)
     }
 
-    /// Hands the coordination over to the voter `to`. Afterwards this node is not
-    /// the coordinator.
+    /// Hands the coordination over to the member `to`, which becomes a voter first if
+    /// it is none. Afterwards this node is not the coordinator.
     ///
-    /// **Stop granting leases first.** From when this begins until the next term,
-    /// this node reports neither role nor authority, because the voters may elect
-    /// another coordinator at any moment, even if this returns an error other than
-    /// [`ConsensusError::NotCoordinator`] or [`ConsensusError::CannotTransfer`].
-    pub async fn transfer(&self, to: NodeId) -> Result<(), ConsensusError> {
+    /// `stop_granting` is called when nothing stands in the way any more: **from when
+    /// it returns no lease may be granted.** From then until the next term this node
+    /// reports neither role nor authority, because the voters may elect another
+    /// coordinator at any moment, even if this returns an error. An error before that
+    /// moment leaves everything as it is.
+    pub async fn transfer(&self, to: NodeId, stop_granting: impl FnOnce()) -> Result<(), ConsensusError> {
         let changing = self.inner.changing_members.try_lock();
         let _changing = changing.map_err(|_| ConsensusError::Busy)?;
         let metrics = self.leading()?;
@@ -154,17 +155,25 @@ impl Consensus {
         if to.0 == self.me() {
             return Err(cannot("it is the coordinator already"));
         }
-        if !metrics.membership_config.voter_ids().any(|voter| voter == to.0) {
-            return Err(cannot("it is no voter"));
-        }
+        let Some(member) = nodes(&metrics).remove(&to.0) else {
+            return Err(cannot("it takes no part in consensus yet"));
+        };
         let node = &self.inner.node;
         let term = metrics.current_term;
         let hold_ms = node.hold.as_millis() as u64;
         let stamps = &node.wire.stamps;
-        let heard = stamps.of(term, to.0);
-        if heard.is_none_or(|sent| boot_time().ms_since(sent) > hold_ms) {
+        let answers = || stamps.of(term, to.0).is_some_and(|sent| boot_time().ms_since(sent) <= hold_ms);
+        if !answers() {
             return Err(cannot("it does not answer"));
         }
+        if !metrics.membership_config.voter_ids().any(|voter| voter == to.0) {
+            self.caught_up(to.0, &member.addr).await?;
+            self.change(ChangeMembers::AddVoterIds(BTreeSet::from([to.0]))).await?;
+            if self.leading()?.current_term != term || !answers() {
+                return Err(cannot("it does not answer any more"));
+            }
+        }
+        stop_granting();
         stamps.hand_over(term);
         node.refresh();
         if self.engine().trigger().transfer_leader(to.0).await.is_err() {

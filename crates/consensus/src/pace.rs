@@ -15,6 +15,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use holdfast_core::NodeId;
@@ -118,7 +119,10 @@ impl Node {
                 Turn::Heartbeat => {
                     // Heartbeats that were missed are not made up for.
                     next_heartbeat = (next_heartbeat + self.heartbeat).max(now + self.heartbeat / 2);
-                    trigger.heartbeat().await
+                    match self.mute.load(Ordering::Relaxed) {
+                        true => Ok(()),
+                        false => trigger.heartbeat().await,
+                    }
                 }
                 // It was heard since this wait began.
                 Turn::Campaign { rank, .. } if now <= self.last_heard() + self.hold + step * rank => Ok(()),

@@ -1,6 +1,7 @@
 //! Where this node stands: its role, who coordinates, how sure that is.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -77,6 +78,8 @@ pub(crate) struct Node {
     /// When this node started, if an earlier life of it may have voted or accepted
     /// a coordinator.
     pub(crate) held_since: Option<Instant>,
+    /// Whether it sends no heartbeats, so that another is elected.
+    pub(crate) mute: AtomicBool,
 }
 
 impl Node {
@@ -108,6 +111,7 @@ impl Node {
             hold,
             heard: Mutex::new(now),
             held_since: held.then_some(now),
+            mute: AtomicBool::new(false),
         }
     }
 

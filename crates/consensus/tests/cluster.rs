@@ -264,22 +264,41 @@ async fn coordination_is_handed_over_in_order() {
     let lab = Lab::cluster(3).await;
     lab.propose(1, &["a"]).await;
     let first = lab.node(1);
-    for (to, why) in [(1, "already"), (9, "no voter")] {
-        let refused = first.transfer(NodeId(to)).await.expect_err("it cannot");
+    for (to, why) in [(1, "already"), (9, "no part")] {
+        let refused = first.transfer(NodeId(to), || panic!("not yet")).await.expect_err("it cannot");
         assert!(refused.to_string().contains(why), "{refused}");
         assert!(lab.standing(1).is_coordinator(), "nothing was begun");
     }
     let mut standing = first.standing();
     let begun = boot_time();
-    first.transfer(NodeId(3)).await.expect("it is handed over");
+    let mut told = false;
+    first.transfer(NodeId(3), || told = lab.standing(1).is_coordinator()).await.expect("it is handed over");
+    assert!(told, "to stop granting, before the authority ended");
     assert!(boot_time().ms_since(begun) < 1000);
     assert_eq!(standing.borrow_and_update().me, Role::Voter);
     assert_eq!(standing.borrow().quorum_acked, None);
     assert_eq!(lab.coordinator_among(&[3]).await, 3);
     lab.propose(3, &["b"]).await;
     lab.state_with(1, &["a", "b"]).await;
-    let refused = first.transfer(NodeId(2)).await;
+    assert_eq!(standing.borrow_and_update().term, lab.standing(3).term, "nobody has campaigned since");
+    let refused = first.transfer(NodeId(2), || panic!("not here")).await;
     assert!(matches!(refused, Err(ConsensusError::NotCoordinator { coordinator: Some(NodeId(3)) })), "{refused:?}");
+    lab.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_without_a_vote_gets_one_first() {
+    let lab = Lab::cluster(2).await;
+    let first = lab.node(1);
+    let member = |id: u64| BTreeMap::from([(NodeId(id), format!("node-{id}"))]);
+    first.set_members(member(1), member(2)).await.expect("one vote is enough for two nodes");
+    lab.propose(1, &["a"]).await;
+    assert_eq!(lab.standing(2).me, Role::Learner);
+    first.transfer(NodeId(2), || {}).await.expect("it is handed over");
+    assert_eq!(lab.coordinator_among(&[2]).await, 2);
+    lab.node(2).set_members(member(2), member(1)).await.expect("and the first has no vote any more");
+    lab.propose(2, &["b"]).await;
+    lab.state_with(1, &["a", "b"]).await;
     lab.stop().await;
 }
 
@@ -288,7 +307,7 @@ async fn a_hand_over_that_is_lost_still_ends_the_authority() {
     let lab = Lab::cluster(3).await;
     lab.propose(1, &["a"]).await;
     lab.isolate(1);
-    let lost = lab.node(1).transfer(NodeId(2)).await;
+    let lost = lab.node(1).transfer(NodeId(2), || {}).await;
     assert!(matches!(lost, Err(ConsensusError::Unknown { .. })), "{lost:?}");
     let standing = lab.standing(1);
     assert_eq!((standing.me, standing.quorum_acked), (Role::Voter, None));

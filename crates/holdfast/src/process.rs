@@ -84,10 +84,11 @@ fn run_agent(path: Option<&Path>) -> Result<()> {
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
         let agent = Agent::start(config.clone(), stop.clone()).await?;
-        let ending = stop.clone();
+        let (ending, parting) = (stop.clone(), agent.clone());
         tokio::spawn(async move {
             terminate.recv().await;
             tracing::info!("asked to end");
+            parting.part().await;
             ending.cancel();
         });
         crate::http::serve(agent, config.agent_socket(), Some(GROUP), stop).await?;

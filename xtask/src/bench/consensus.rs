@@ -1,5 +1,6 @@
 //! `bench consensus`: writes as users of the API see them, with every flush, both
-//! TLS hops and all, and how long nothing can be written when the coordinator goes.
+//! TLS hops and all, and how long nothing can be written when the coordinator goes:
+//! by losing its power, by being stopped in order, by handing over.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -51,7 +52,7 @@ pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
     }
     rows.push(Row::of(format!("writes a second at the coordinator, {CLIENTS} clients"), &[together(&stage)?]));
 
-    let (mut lost, mut handed_over) = (Vec::new(), Vec::new());
+    let (mut lost, mut stopped, mut asked, mut handed_over) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for run in 1..=runs {
         stage.settle()?;
         let host = stage.cluster.host(&stage.cluster.coordinator()?)?;
@@ -64,12 +65,27 @@ pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
 
         let host = stage.cluster.host(&stage.cluster.coordinator()?)?;
         let longest = longest_write(survivor(&stage)?, || host.stop_service())?;
-        handed_over.push(longest);
+        stopped.push(longest);
         host.start_service()?;
-        eprintln!("run {run}: lost {:?}, stopped in order {longest:?}", lost.last().copied().unwrap_or_default());
+        stage.settle()?;
+
+        let client = survivor(&stage)?;
+        let mut took = Duration::ZERO;
+        let meanwhile = longest_write(client.clone(), || {
+            let from = Instant::now();
+            client.hand_over(None)?;
+            took = from.elapsed();
+            Ok(())
+        })?;
+        asked.push(took);
+        handed_over.push(meanwhile);
+        let lost = lost.last().copied().unwrap_or_default();
+        eprintln!("run {run}: lost {lost:?}, stopped in order {longest:?}, handed over in {took:?}, {meanwhile:?}");
     }
     rows.push(Row::millis("coordinator's power cut: first acknowledged write", &lost));
-    rows.push(Row::millis("coordinator stopped in order: longest write meanwhile", &handed_over));
+    rows.push(Row::millis("coordinator stopped in order: longest write meanwhile", &stopped));
+    rows.push(Row::millis("hand-over that is asked for, until it is answered", &asked));
+    rows.push(Row::millis("hand-over that is asked for: longest write meanwhile", &handed_over));
     Ok(rows)
 }
 

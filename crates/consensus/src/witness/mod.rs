@@ -20,6 +20,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -111,16 +112,16 @@ impl Consensus {
                 let next = now.membership_config.voter_ids().find(ready);
                 if let Some(next) = next {
                     tracing::info!(to = next, "the witness hands the coordination over");
-                    if let Err(error) = self.transfer(NodeId(next)).await {
+                    if let Err(error) = self.transfer(NodeId(next), || {}).await {
                         // Nobody relies on it any more in this term. Its silence lets
                         // the nodes elect one of them.
                         tracing::warn!(%error, "the witness did not hand over and falls silent");
-                        self.engine().runtime_config().heartbeat(false);
+                        self.inner.node.mute.store(true, Ordering::Relaxed);
                         silent = true;
                     }
                 }
             } else if silent && now.state != ServerState::Leader {
-                self.engine().runtime_config().heartbeat(true);
+                self.inner.node.mute.store(false, Ordering::Relaxed);
                 silent = false;
             }
             // A transfer may fail at first for want of an acknowledgement.

@@ -85,7 +85,7 @@ fn lend_authority(member: &Member) {
         }
         _ => Authority::NONE,
     };
-    member.leases.set_authority(authority);
+    member.lending.lend(member, authority);
 }
 
 fn admissions(state: &ClusterState) -> Vec<Admission> {

@@ -108,6 +108,7 @@ impl Agent {
             allegiance,
             peers,
             leases,
+            lending: Default::default(),
             reports: report::Reports::new(),
             fences: super::fencing::Fences::default(),
             roll: members::Roll::new(),

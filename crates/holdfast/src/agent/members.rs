@@ -5,10 +5,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use holdfast_consensus::Participants;
-use holdfast_core::lease::{Authority, BootTime};
+use holdfast_core::lease::BootTime;
 use holdfast_core::quorum::{Attendance, SILENT_MS, Seats, Survey, seats, survey};
 use holdfast_core::*;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use super::{ATTEMPT, Agent, Failure, Member, now_ms, peers, rpc};
@@ -137,7 +137,12 @@ impl Agent {
         }
         if leaves {
             let others = wanted.voters.iter().filter(|id| **id != member.me && !id.is_witness());
-            self.hand_over(member, others.copied()).await;
+            for to in others {
+                match self.hand_over_to(member, *to, Instant::now() + AGAIN).await {
+                    Ok(()) => break,
+                    Err(error) => tracing::warn!(%error, %to, "the coordination was not handed over"),
+                }
+            }
         }
         Ok(())
     }
@@ -148,18 +153,6 @@ impl Agent {
         let proposal = Proposal { id: RequestId(Uuid::new_v4()), at_ms: now_ms(), by: "coordinator".into(), command };
         if let Err(error) = member.consensus.propose(proposal).await {
             tracing::debug!(%error, "that the votes moved was not recorded yet");
-        }
-    }
-
-    /// Hands the coordination to the first of these that takes it. No lease is
-    /// granted from here on: the voters may elect another coordinator at any moment.
-    async fn hand_over(&self, member: &'static Member, others: impl Iterator<Item = NodeId>) {
-        member.leases.set_authority(Authority::NONE);
-        for to in others {
-            match member.consensus.transfer(to).await {
-                Ok(()) => return,
-                Err(error) => tracing::warn!(%error, %to, "the coordination was not handed over"),
-            }
         }
     }
 }

@@ -22,6 +22,7 @@ mod members;
 pub mod peers;
 mod report;
 pub mod rpc;
+mod succession;
 mod volumes;
 mod witness;
 
@@ -88,6 +89,7 @@ struct Member {
     allegiance: Arc<Allegiance>,
     peers: Arc<Peers>,
     leases: Leases,
+    lending: succession::Lending,
     reports: report::Reports,
     fences: fencing::Fences,
     roll: members::Roll,

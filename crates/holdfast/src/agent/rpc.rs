@@ -11,10 +11,12 @@ use holdfast_consensus::{RpcError, RpcKind};
 use holdfast_core::*;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
+use tokio::time::{Duration, Instant};
 
 use super::enter::{JoinAnswer, JoinRefusal, JoinRequest};
 use super::fencing::FenceTestCall;
 use super::report::Numbered;
+use super::succession::Succession;
 use super::volumes::{Probe, Probed};
 use super::witness;
 use super::{Agent, Attempt, CONSOLE_PROTOCOL, Failure, Member, Proposed, coordinator, members};
@@ -31,6 +33,8 @@ pub const REPORT: &str = "/node/report";
 pub const OBSERVED: &str = "/node/observed";
 /// Tells how the quorum stands.
 pub const QUORUM: &str = "/node/quorum";
+/// Hands the coordination over.
+pub const HAND_OVER: &str = "/node/hand-over";
 /// Looks at a directory that is to become a volume.
 pub const PROBE: &str = "/node/probe-volume";
 /// Tries out the power fencing of a third node.
@@ -39,6 +43,8 @@ pub const FENCE_TEST: &str = "/node/fence-test";
 pub const JOIN: &str = "/api/v1/join";
 /// Looks at a disk that is to become the witness.
 pub const PROBE_WITNESS: &str = "/node/probe-witness";
+/// For how long candidates are looked for.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(8);
 /// A snapshot may travel in one body.
 const LONGEST_BODY: usize = 64 << 20;
 
@@ -106,6 +112,7 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
         .route(REPORT, post(report))
         .route(OBSERVED, post(observed))
         .route(QUORUM, post(quorum))
+        .route(HAND_OVER, post(hand_over))
         .route(PROBE, post(probe))
         .route(FENCE_TEST, post(fence_test))
         .route("/node/vms/{vm}/announce", post(announce))
@@ -170,6 +177,11 @@ async fn quorum(State(context): State<Context>) -> Response {
         Some(survey) => Json(survey).into_response(),
         None => (StatusCode::MISDIRECTED_REQUEST, "this node is not the coordinator").into_response(),
     }
+}
+
+async fn hand_over(State(context): State<Context>, Json(to): Json<Option<NodeId>>) -> Json<Succession> {
+    let until = Instant::now() + HAND_OVER_WITHIN;
+    Json(context.agent.hand_over_here(context.member, to, until).await)
 }
 
 async fn probe(State(context): State<Context>, Json(probe): Json<Probe>) -> Json<Probed> {

@@ -172,6 +172,12 @@ pub enum ClusterCommand {
         /// `default` for any network, `fast` for quiet dedicated ones, `wan` between sites.
         profile: ProfileArg,
     },
+    /// Hand the coordination to another node, without a pause.
+    Handover {
+        /// The node; any that can when not given.
+        #[arg(long, value_name = "NODE")]
+        to: Option<String>,
+    },
     /// Print the certificate of the cluster's authority, for --ca elsewhere.
     Ca,
 }

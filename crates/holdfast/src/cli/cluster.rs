@@ -34,6 +34,13 @@ pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Do
             let request = api::SetProfile { profile };
             status(&client.send_json(Method::PUT, "/api/v1/cluster/profile", &request).await?, json)
         }
+        ClusterCommand::Handover { to } => {
+            let handed: api::HandedOver = client.post("/api/v1/cluster/hand-over", &api::HandOver { to }).await?;
+            match json {
+                true => output::json(&handed),
+                false => output::line(&format!("Node {} coordinates now.", handed.coordinator)),
+            }
+        }
         ClusterCommand::Ca => {
             let cluster: api::ClusterView = client.get("/api/v1/cluster").await?;
             match json {

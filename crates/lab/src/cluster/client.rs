@@ -209,6 +209,8 @@ macro_rules! requests {
 requests! {
     /// How the cluster stands.
     cluster() -> api::ClusterView = "GET" "/api/v1/cluster", &();
+    /// Hands the coordination to a node, or to any that can.
+    hand_over(to: Option<&str>) -> api::HandedOver = "POST" "/api/v1/cluster/hand-over", &api::HandOver { to: to.map(str::to_owned) };
     /// The nodes.
     nodes() -> Vec<api::NodeView> = "GET" "/api/v1/nodes", &();
     /// Says how a node's host can be switched off.

@@ -18,6 +18,7 @@ mod everything_restarts;
 mod fencing;
 mod flapping;
 mod full_disk;
+mod hand_over;
 mod keeper_killed;
 mod keeper_stopped;
 mod migration;

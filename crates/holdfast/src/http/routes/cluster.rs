@@ -51,6 +51,21 @@ pub async fn found(
     Ok((StatusCode::CREATED, Json(founded)))
 }
 
+/// Hands the coordination to another node: nothing stops, and no VM notices.
+#[utoipa::path(post, path = "/api/v1/cluster/hand-over", operation_id = "handOver", tag = "cluster", request_body = api::HandOver, responses(
+    (status = 200, body = api::HandedOver),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn hand_over(
+    State(served): State<Served>,
+    Body(request): Body<api::HandOver>,
+) -> Result<Json<api::HandedOver>, ApiError> {
+    let named = |name: &String| Ok::<_, ApiError>(super::node(&*state(&served.agent)?, name)?.id);
+    let to = request.to.as_ref().map(named).transpose()?;
+    let coordinator = served.agent.hand_over(to).await?;
+    Ok(Json(api::HandedOver { coordinator: state(&served.agent)?.node_name(coordinator) }))
+}
+
 /// Makes the asked host join a cluster.
 #[utoipa::path(post, path = "/api/v1/join-cluster", operation_id = "joinCluster", tag = "cluster", request_body = api::JoinCluster, responses(
     (status = 201, body = api::NodeView, description = "the node that the host is now"),

@@ -38,6 +38,7 @@ const OBSERVED_WITHIN: Duration = Duration::from_millis(1500);
 pub fn all() -> OpenApiRouter<Served> {
     OpenApiRouter::new()
         .routes(routes!(cluster::show, cluster::found))
+        .routes(routes!(cluster::hand_over))
         .routes(routes!(cluster::join))
         .routes(routes!(cluster::set_profile))
         .routes(routes!(cluster::list_tokens, cluster::add_token))
