@@ -285,6 +285,13 @@ impl Consensus {
         }
     }
 
+    /// Whether this node only listens: it does not campaign, whatever its log says of
+    /// who votes. For one that has set its log aside and reads again, from the
+    /// beginning, of a time in which it voted.
+    pub fn only_listen(&self, only: bool) {
+        self.inner.node.only_listens.store(only, std::sync::atomic::Ordering::Relaxed);
+    }
+
     /// Term and index of the last entry of this node's log, committed or not.
     pub fn log_end(&self) -> (u64, u64) {
         let last = self.engine().data_metrics().borrow_watched().last_log;

@@ -83,7 +83,11 @@ impl Node {
                 let now = server.borrow_watched();
                 let voters = now.membership_config.membership().voter_ids().collect();
                 let leads = now.state == ServerState::Leader;
-                (Turn::of(self.wire.me, leads, &voters, now.current_leader), leads)
+                let turn = match self.only_listens.load(Ordering::Relaxed) && !leads {
+                    true => Turn::Listen,
+                    false => Turn::of(self.wire.me, leads, &voters, now.current_leader),
+                };
+                (turn, leads)
             };
             if std::mem::replace(&mut led, leads) && !leads {
                 // Whoever made it give way gets the time to win; it was not silent.

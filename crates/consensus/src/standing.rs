@@ -80,6 +80,8 @@ pub(crate) struct Node {
     pub(crate) held_since: Option<Instant>,
     /// Whether it sends no heartbeats, so that another is elected.
     pub(crate) mute: AtomicBool,
+    /// It campaigns for nothing, whatever its log says of who votes.
+    pub(crate) only_listens: AtomicBool,
 }
 
 impl Node {
@@ -112,6 +114,7 @@ impl Node {
             heard: Mutex::new(now),
             held_since: held.then_some(now),
             mute: AtomicBool::new(false),
+            only_listens: AtomicBool::new(false),
         }
     }
 

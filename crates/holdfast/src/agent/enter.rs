@@ -90,6 +90,16 @@ impl Agent {
         let witnesses = Arc::new(super::witness::Seats::default());
         let lane = ConsensusLane { peers: Arc::clone(&peers), witnesses: Arc::clone(&witnesses), me, home: None };
         let consensus = Consensus::start(settings, Arc::new(lane)).await?;
+        // What it reads of earlier generations is not how things are.
+        let mut state = consensus.state();
+        if state.borrow().generation != generation {
+            consensus.only_listen(true);
+            let reading = consensus.clone();
+            tokio::spawn(async move {
+                let _ = state.wait_for(|state| state.generation == generation).await;
+                reading.only_listen(false);
+            });
+        }
         let leases = Leases::start(LeasesConfig {
             cluster: generation.scope(identity.cluster),
             node: me,
