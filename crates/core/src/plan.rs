@@ -186,7 +186,7 @@ pub enum Evidence {
 /// `now_ms` is milliseconds since the Unix epoch; it only dates things and ages
 /// crashes and waits, it never decides who may run a VM.
 pub fn plan(state: &ClusterState, observed: &Observed, now_ms: u64) -> Plan {
-    let mut planner = Planner { state: state.clone(), observed, now_ms, decisions: Vec::new() };
+    let mut planner = Planner { state: state.without_history(), observed, now_ms, decisions: Vec::new() };
     planner.nodes();
     planner.witness();
     let mut vms: Vec<_> =

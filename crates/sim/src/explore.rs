@@ -59,6 +59,7 @@ fn run_plot(seed: u64, plot: &Plot, options: &Options) -> Outcome {
         nodes: plot.nodes,
         memory_mib: plot.memory_mib,
         profile: plot.profile,
+        witness: plot.witness,
         calm: false,
         mutation: options.mutation,
         trace: options.trace,

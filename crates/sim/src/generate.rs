@@ -14,6 +14,8 @@ pub struct Plot {
     pub memory_mib: u64,
     /// The failover profile from the beginning.
     pub profile: Profile,
+    /// There is a witness.
+    pub witness: bool,
     /// What happens, in order of time.
     pub steps: Vec<Step>,
     /// When everything heals, in milliseconds.
@@ -25,15 +27,21 @@ pub fn plot(seed: u64) -> Plot {
     let mut rng = Rng::new(seed);
     let nodes = *rng.pick(&[2, 3, 3, 3, 3, 4, 5, 5, 7, 9]);
     let heal_ms = rng.between(15_000, 40_000);
+    let witness = rng.permille(match nodes {
+        2 => 700,
+        4 => 500,
+        _ => 150,
+    });
     let profile = *rng.pick(&[Profile::Default, Profile::Default, Profile::Fast]);
     let vms: Vec<String> = (1..=rng.between(1, 5)).map(|n| format!("vm{n}")).collect();
     let mut author = Author {
         steps: Vec::new(),
         nodes,
+        witness,
         heal_ms,
         vms,
         // Each run has its own taste, so that some are all crashes and some all partitions.
-        taste: (0..13).map(|_| rng.between(0, 6)).collect(),
+        taste: (0..16).map(|_| rng.between(0, 6)).collect(),
         stops_keepers: rng.permille(250),
         rng,
     };
@@ -48,13 +56,14 @@ pub fn plot(seed: u64) -> Plot {
     let memory_mib = *author.rng.pick(&[1024, 2048, 4096]);
     let mut steps = author.steps;
     steps.sort_by_key(|step| step.at_ms);
-    Plot { nodes, memory_mib, profile, steps, heal_ms }
+    Plot { nodes, memory_mib, profile, witness, steps, heal_ms }
 }
 
 struct Author {
     rng: Rng,
     steps: Vec<Step>,
     nodes: usize,
+    witness: bool,
     heal_ms: u64,
     vms: Vec<String>,
     taste: Vec<u64>,
@@ -160,6 +169,19 @@ impl Author {
                     at += 2 * every;
                 }
             }
+            13 if self.witness => {
+                // One node loses its way to the witness's disk, or all do.
+                let all = self.rng.permille(400);
+                for other in (0..self.nodes).filter(|other| all || *other == node) {
+                    self.push(at, Fault::CutDisk(other));
+                    self.push(at + span, Fault::JoinDisk(other));
+                }
+            }
+            14 if self.witness => self.stale_disk(at, node),
+            15 => {
+                let ms = *self.rng.pick(&[-3_600_000, -5_000, 5_000, 3_600_000]);
+                self.push(at, Fault::SetClock(node, ms));
+            }
             _ if self.stops_keepers => {
                 let (stop, go) = match self.rng.between(0, 1) {
                     0 => (Fault::FreezeKeeper(node), Fault::ThawKeeper(node)),
@@ -169,6 +191,27 @@ impl Author {
                 self.push(at + span, go);
             }
             _ => self.ambush(at, node),
+        }
+    }
+
+    /// The witness's disk goes away, longer than anything that was sent to it can
+    /// take, and comes back as it was some time before; perhaps when it is needed most.
+    fn stale_disk(&mut self, back: u64, node: usize) {
+        let gone = back.saturating_sub(self.rng.between(8_000, 11_000));
+        let copied = gone.saturating_sub(self.rng.between(1_000, 6_000));
+        if copied < 1_500 {
+            return;
+        }
+        self.push(copied, Fault::CopyDisk);
+        for other in 0..self.nodes {
+            self.push(gone, Fault::CutDisk(other));
+            self.push(back + 1, Fault::JoinDisk(other));
+        }
+        self.push(back, Fault::OldDisk);
+        if self.rng.permille(600) {
+            let lost = back.saturating_sub(self.rng.between(0, 3_000));
+            self.push(lost, Fault::Lose(node));
+            self.push(lost + 5_000, Fault::Return(node));
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! The decision code of `holdfast-core` runs here unchanged: leases on both ends,
 //! `plan`, `check`, `apply`. Around it are hosts with clocks that drift, keepers,
-//! agents, QEMUs, disks and links, a small Raft, users, and a script of faults.
+//! agents, QEMUs, disks and links, a small Raft whose voters follow the nodes, a
+//! witness on a shared disk, users, and a script of faults.
 //! Everything that happens follows from a seed. An oracle that sees all of it says
 //! what was broken:
 //!
@@ -15,15 +16,18 @@
 //! * **leases end first**: whenever a lease is said to be over, and after a node
 //!   was called lost, the node does not hold it.
 //! * **no acknowledged command lost**, and none that was called failed happens.
+//! * **one witness**: what it acknowledged or voted for is never forgotten, whoever
+//!   hosts it next; **one vote in a term**.
 //! * **one log**, **epochs only grow**, **every plan passes its check**, and the
 //!   log read back from its text gives the same state.
 //! * **settles**: once everything works again, within a stated bound, every VM that
 //!   should run and fits does, every job has ended, and nothing is decided any more.
 //!
-//! What is simpler here than in life: the members of consensus never change (the
-//! first five nodes vote, a removed one goes on voting), its log is never cut, a
-//! keeper's VMs die with it at once, and clocks drift by up to 4 %, so that two of
-//! them and the time that a SIGKILL takes stay within a lease's margin of 10 %.
+//! What is simpler here than in life: the log of consensus is never cut, a keeper's
+//! VMs die with it at once, clocks drift by up to 4 %, so that two of them and the
+//! time that a SIGKILL takes stay within a lease's margin of 10 %, and an old copy of
+//! the witness's disk comes back only after the disk was away for longer than any
+//! write to it can take.
 
 mod clock;
 mod explore;

@@ -34,11 +34,29 @@ pub enum Mutation {
     OutliveTheLease,
     /// A fence that failed, hung or could not tell counts as a power cut.
     BelieveFailedFence,
+    /// A voter that comes back does not hold still first.
+    ForgetHold,
+    /// A follower acknowledges entries before they are on its disk.
+    AcknowledgeBeforeTheDisk,
+    /// Voters change in one step: the old majority is not asked.
+    SkipJoint,
+    /// A node whose agent has acknowledged nothing for as long as a lease counts as
+    /// lost, whatever its keeper asked for.
+    UnheardIsLost,
+    /// The only voter by its own log does not hold still after a restart, even if it
+    /// voted for another.
+    TrustTheLogAlone,
+    /// A disk that shows less of the witness than was seen before counts.
+    StaleWitnessVotes,
+    /// The witness answers although its lease on the disk has ended meanwhile.
+    AnswerWithoutLease,
+    /// Whoever claimed the witness's disk does not look again.
+    ClaimWithoutLooking,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 14] = [
+    pub const ALL: [Mutation; 22] = [
         Mutation::DropMargin,
         Mutation::LeaseFromReceipt,
         Mutation::SkipWait,
@@ -53,6 +71,14 @@ impl Mutation {
         Mutation::HearEarlierLives,
         Mutation::OutliveTheLease,
         Mutation::BelieveFailedFence,
+        Mutation::ForgetHold,
+        Mutation::AcknowledgeBeforeTheDisk,
+        Mutation::SkipJoint,
+        Mutation::UnheardIsLost,
+        Mutation::TrustTheLogAlone,
+        Mutation::StaleWitnessVotes,
+        Mutation::AnswerWithoutLease,
+        Mutation::ClaimWithoutLooking,
     ];
 }
 
@@ -73,6 +99,14 @@ impl fmt::Display for Mutation {
             Mutation::HearEarlierLives => "hear earlier lives of a keeper",
             Mutation::OutliveTheLease => "let VMs outlive the lease",
             Mutation::BelieveFailedFence => "believe a fence that failed",
+            Mutation::ForgetHold => "forget the hold of a restarted voter",
+            Mutation::AcknowledgeBeforeTheDisk => "acknowledge before the disk",
+            Mutation::SkipJoint => "change voters without the old majority",
+            Mutation::TrustTheLogAlone => "believe in being the only voter after voting for another",
+            Mutation::StaleWitnessVotes => "let a stale witness vote",
+            Mutation::AnswerWithoutLease => "let the witness answer without its lease",
+            Mutation::ClaimWithoutLooking => "claim the witness without looking again",
+            Mutation::UnheardIsLost => "declare lost on silence of acknowledgements",
         })
     }
 }

@@ -12,6 +12,7 @@ pub fn play(scenario: &Scenario) -> String {
         nodes: scenario.nodes,
         memory_mib: scenario.memory_mib,
         profile: Profile::Default,
+        witness: scenario.witness,
         calm: true,
         mutation: None,
         trace: true,

@@ -108,6 +108,16 @@ pub enum Fault {
     SlowDisk(usize, u64),
     /// Of a thousand messages this many are lost, doubled, and late by up to so many milliseconds.
     Storm(u64, u64, u64),
+    /// A host cannot reach the witness's disk.
+    CutDisk(usize),
+    /// It can again.
+    JoinDisk(usize),
+    /// The witness's disk is copied as it is.
+    CopyDisk,
+    /// The copy takes the place of the witness's disk, if every node has seen more since.
+    OldDisk,
+    /// A host's wall clock jumps by so many milliseconds.
+    SetClock(usize, i64),
     /// Everything is as it should be again.
     Heal,
 }
@@ -186,6 +196,11 @@ impl fmt::Display for Deed {
                 Fault::Shutdown(vm) => write!(f, "shutdown {vm}"),
                 Fault::SlowDisk(node, ms) => write!(f, "slow-disk {} {ms}ms", n(node)),
                 Fault::Storm(lost, doubled, late) => write!(f, "storm {lost} {doubled} {late}ms"),
+                Fault::CutDisk(node) => write!(f, "cut-disk {}", n(node)),
+                Fault::JoinDisk(node) => write!(f, "join-disk {}", n(node)),
+                Fault::CopyDisk => write!(f, "copy-disk"),
+                Fault::OldDisk => write!(f, "old-disk"),
+                Fault::SetClock(node, ms) => write!(f, "set-clock {} {ms}", n(node)),
                 Fault::Heal => write!(f, "heal"),
             },
         }
@@ -216,6 +231,8 @@ pub struct Scenario {
     pub nodes: usize,
     /// Memory for VMs on each, in MiB.
     pub memory_mib: u64,
+    /// There is a witness.
+    pub witness: bool,
     /// What happens, in order of time.
     pub steps: Vec<Step>,
     /// When it ends, in milliseconds.
@@ -229,7 +246,7 @@ impl FromStr for Scenario {
     /// others` stand for all links both ways, `at 9s..12s flap n3 300ms` for
     /// cutting and joining it in turns. `#` begins a comment.
     fn from_str(text: &str) -> Result<Self, NotUnderstood> {
-        let mut scenario = Scenario { nodes: 0, memory_mib: 4096, steps: Vec::new(), end_ms: 0 };
+        let mut scenario = Scenario { nodes: 0, memory_mib: 4096, witness: false, steps: Vec::new(), end_ms: 0 };
         for (number, line) in (1..).zip(text.lines()) {
             let words: Vec<_> = line.split('#').next().unwrap_or("").split_whitespace().collect();
             scenario.read(&words).map_err(|why| NotUnderstood { line: number, why })?;
@@ -255,6 +272,10 @@ impl Scenario {
                 if let [memory] = rest {
                     self.memory_mib = mebibytes(memory)?;
                 }
+                Ok(())
+            }
+            ["witness"] => {
+                self.witness = true;
                 Ok(())
             }
             ["end", at] => {
@@ -347,6 +368,14 @@ impl FromStr for Deed {
             ["shutdown", name] => fault(Fault::Shutdown(vm(name))),
             ["slow-disk", n, ms] => fault(Fault::SlowDisk(node(n)?, milliseconds(ms)?)),
             ["storm", lost, doubled, late] => fault(Fault::Storm(number(lost)?, number(doubled)?, milliseconds(late)?)),
+            ["cut-disk", n] => fault(Fault::CutDisk(node(n)?)),
+            ["join-disk", n] => fault(Fault::JoinDisk(node(n)?)),
+            ["copy-disk"] => fault(Fault::CopyDisk),
+            ["old-disk"] => fault(Fault::OldDisk),
+            ["set-clock", n, ms] => {
+                let ms = ms.parse().map_err(|_| format!("{ms:?} is no number of milliseconds"))?;
+                fault(Fault::SetClock(node(n)?, ms))
+            }
             ["heal"] => fault(Fault::Heal),
             _ => Err(format!("{text:?} is nothing that can happen here")),
         }

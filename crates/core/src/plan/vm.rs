@@ -122,7 +122,7 @@ impl Planner<'_> {
         let after = vec![Ended { tenure, evidence: Evidence::Exited }];
         let settings = &self.state.settings;
         let (window_s, budget) = (settings.crash_window_s, settings.crash_budget);
-        let recent = |crash: &&Crash| crash.at_ms + window_s * 1000 > self.now_ms;
+        let recent = |crash: &&Crash| crash.at_ms.abs_diff(self.now_ms) < window_s * 1000;
         let on = |node: NodeId| vm.crashes.iter().filter(recent).filter(|crash| crash.node == node).count() as u32;
         let in_all = vm.crashes.iter().filter(recent).count() as u32;
         let here = on(tenure.node);
@@ -189,9 +189,11 @@ impl Planner<'_> {
         }
     }
 
-    /// Whether a job began longer than `age_ms` ago.
+    /// Whether a job began longer than `age_ms` ago; or so much later than now, because
+    /// a clock was set back: nothing waits for it to catch up.
     pub(super) fn is_older(&self, job: JobId, age_ms: u64) -> bool {
-        self.state.jobs.get(&job).is_some_and(|job| self.now_ms >= job.began_ms.saturating_add(age_ms))
+        let old = |job: &Job| self.now_ms.abs_diff(job.began_ms) >= age_ms;
+        self.state.jobs.get(&job).is_some_and(old)
     }
 
     fn disk_work(&mut self, vm: &Vm, node: NodeId, job: JobId, making: bool) {

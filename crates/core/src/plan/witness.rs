@@ -41,11 +41,12 @@ impl Planner<'_> {
         unfit.extend(self.state.nodes.keys().filter(|id| !stays(id)));
         let Some(witness) = self.state.witness.clone() else { return };
         let Some(host) = witness_host(&self.state, attendance.coordinator, &unfit) else { return };
-        let strayed = witness.hosted_by.is_some_and(|by| by != host);
+        // One that cannot use the disk is named when nobody can; asking again is no use.
+        let strayed = witness.hosted_by.is_some_and(|by| by != host) && !unfit.contains(&host);
         // Whoever should have it was silent when another took over, and may be dead:
         // giving it back at once would give the majority away with it.
-        let since_ms = witness.decided_ms.max(witness.hosted_ms);
-        let back = strayed && self.now_ms.saturating_sub(since_ms) >= BACK_AFTER_MS;
+        let long_ago = |at_ms: u64| self.now_ms.abs_diff(at_ms) >= BACK_AFTER_MS;
+        let back = strayed && long_ago(witness.decided_ms) && long_ago(witness.hosted_ms);
         if witness.host != Some(host) || back {
             let cause = match host == attendance.coordinator {
                 true => Cause::NobodyElse { coordinator: host },

@@ -152,7 +152,7 @@ impl ClusterState {
             return;
         };
         if let Cause::Exited { node, .. } | Cause::StartFailed { node, .. } = cause {
-            vm.crashes.retain(|crash| crash.at_ms + window_ms > at_ms);
+            vm.crashes.retain(|crash| crash.at_ms.abs_diff(at_ms) < window_ms);
             vm.crashes.push(Crash { at_ms, node: *node });
         }
         let moving = match &vm.placement {

@@ -105,6 +105,35 @@ impl ClusterState {
         reply
     }
 
+    /// A copy to try decisions on: without what happened before, of which nothing
+    /// follows and which is most of the state.
+    pub(crate) fn without_history(&self) -> Self {
+        ClusterState {
+            revision: self.revision,
+            cluster: self.cluster.clone(),
+            generation: self.generation,
+            settings: self.settings.clone(),
+            nodes: self.nodes.clone(),
+            last_node: self.last_node,
+            fencing: self.fencing.clone(),
+            witness: self.witness.clone(),
+            last_witness: self.last_witness,
+            former_witness: self.former_witness.clone(),
+            voters: self.voters.clone(),
+            join_tokens: BTreeMap::new(),
+            api_tokens: BTreeMap::new(),
+            networks: self.networks.clone(),
+            switches: self.switches.clone(),
+            volumes: self.volumes.clone(),
+            vms: self.vms.clone(),
+            jobs: self.running_jobs().map(|job| (job.id, job.clone())).collect(),
+            last_job: self.last_job,
+            events: VecDeque::new(),
+            last_event: self.last_event,
+            answered: VecDeque::new(),
+        }
+    }
+
     /// The node with this name.
     pub fn node_named(&self, name: &str) -> Option<&Node> {
         self.nodes.values().find(|node| node.name == name)

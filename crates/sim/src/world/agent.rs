@@ -1,4 +1,4 @@
-//! Agents: consensus, heartbeats, proposals, and the turn in which everything is
+//! Agents: heartbeats, proposals, and the turn in which everything is
 //! compared with what it should be.
 
 use std::rc::Rc;
@@ -8,13 +8,10 @@ use holdfast_core::*;
 
 use super::coordinator::Coordinatorship;
 use super::host::host_of;
-use super::{Event, Message, Storage, World};
+use super::{Event, Message, World};
 use crate::clock::MS;
 use crate::mutation::Mutation;
-use crate::raft::{Out, RaftMessage};
-
-/// Between two turns of an agent, in microseconds.
-const TURN_US: (u64, u64) = (5_000, 20_000);
+use crate::raft::What;
 
 impl World {
     pub(super) fn agent_tick(&mut self, host: usize, life: u64) {
@@ -22,81 +19,26 @@ impl World {
         if !agent.alive || agent.life != life {
             return;
         }
-        let now = self.boot(host);
-        let jitter = if self.setting.calm { 20 * host as u64 } else { self.rng.between(0, 150) };
-        let out = self.hosts[host].agent.raft.tick(now, jitter);
-        self.after_raft(host, out);
+        self.tick_consensus(host);
         self.coordinate(host);
         self.reconcile(host);
-        let us = self.draw(TURN_US.0, TURN_US.1);
+        let pace_us = self.hosts[host].pace_us;
+        let us = self.draw(pace_us / 4, pace_us);
         self.after_us(us, Event::AgentTick(host, life));
     }
 
-    fn after_raft(&mut self, host: usize, out: Out) {
-        for (to, message) in out {
-            self.send(host, to, Message::Raft(message));
-        }
-        let raft = &self.hosts[host].agent.raft;
-        if raft.wants_blank() && self.hosts[host].agent.coordinatorship.is_none() {
-            let term = raft.term;
-            let begun = self.hosts[host].agent.asked.contains_key(&blank(term));
-            if !begun {
-                self.hosts[host].agent.asked.insert(blank(term), Default::default());
-                self.log(|| format!("  n{} is elected (term {term})", host + 1));
-                self.store(host, Storage::Own(term, None));
-            }
-        }
-        self.apply(host);
-    }
-
-    /// Writes go through the disk one after the other.
-    fn store(&mut self, host: usize, what: Storage) {
-        let ns = self.disk_ns(host);
-        let at = self.hosts[host].disk_until.max(self.now) + ns;
-        self.hosts[host].disk_until = at;
-        let life = self.hosts[host].agent.life;
-        self.at(at, Event::Stored(host, life, what));
-    }
-
-    pub(super) fn agent_stored(&mut self, host: usize, life: u64, what: Storage) {
-        let now = self.boot(host);
-        let agent = &mut self.hosts[host].agent;
-        if !agent.alive || agent.life != life {
-            return;
-        }
-        let out = match what {
-            Storage::Append(from, message) => {
-                agent.storing -= 1;
-                agent.raft.stored(from, message)
-            }
-            Storage::Own(term, proposal) => agent.raft.store(term, proposal, now),
-        };
-        self.after_raft(host, out);
-    }
-
-    pub(super) fn agent_raft(&mut self, from: usize, host: usize, message: RaftMessage) {
-        let now = self.boot(host);
-        let (out, stored) = self.hosts[host].agent.raft.receive(from, message, now);
-        // The queue before a disk is short; what finds no room is sent again.
-        if let Some(message) = stored.filter(|_| self.hosts[host].agent.storing < 2) {
-            self.hosts[host].agent.storing += 1;
-            self.store(host, Storage::Append(from, message));
-        }
-        self.after_raft(host, out);
-    }
-
     /// Applies what is committed.
-    fn apply(&mut self, host: usize) {
+    pub(super) fn apply(&mut self, host: usize) {
         let agent = &self.hosts[host].agent;
-        let (from, to) = (agent.applied, agent.raft.commit);
+        let (from, to) = (agent.applied, agent.seat.raft.commit);
         if from < to {
             for index in from + 1..=to {
-                let entry = self.hosts[host].agent.raft.log[index - 1].clone();
+                let entry = self.hosts[host].agent.seat.raft.log[index - 1].clone();
                 self.commit(index, &entry);
                 let agent = &mut self.hosts[host].agent;
                 agent.applied = index;
                 agent.state = self.chain.state(index);
-                let Some(proposal) = entry.proposal else {
+                let Some(proposal) = entry.proposal() else {
                     continue;
                 };
                 if let Some(waiting) = agent.asked.remove(&proposal.id) {
@@ -112,9 +54,10 @@ impl World {
         }
         let agent = &mut self.hosts[host].agent;
         if !agent.caught_up {
-            let known = agent.applied >= agent.length_at_start.min(agent.raft.log.len());
-            agent.caught_up =
-                known && agent.raft.leader.is_some() && agent.raft.term_at(agent.applied) == agent.raft.term;
+            let known = agent.applied >= agent.length_at_start.min(agent.seat.raft.log.len());
+            agent.caught_up = known
+                && agent.seat.raft.leader.is_some()
+                && agent.seat.raft.term_at(agent.applied) == agent.seat.raft.term;
         }
     }
 
@@ -138,7 +81,7 @@ impl World {
             return;
         }
         fresh.newest = heartbeat.sequence;
-        let acked = agent.raft.quorum_acked(now);
+        let acked = agent.seat.raft.quorum_acked(now);
         let Some(coordinatorship) = &mut agent.coordinatorship else {
             return;
         };
@@ -180,12 +123,12 @@ impl World {
         if agent.coordinatorship.is_some() {
             let repeated = agent.asked.contains_key(&proposal.id);
             agent.asked.entry(proposal.id).or_default().insert(from);
-            let term = agent.raft.term;
             if !repeated {
-                self.store(host, Storage::Own(term, Some(proposal)));
+                self.propose(host, What::Command(proposal));
             }
         } else if from == host
-            && let Some(leader) = agent.raft.leader.filter(|leader| *leader != host)
+            && let Some(leader) =
+                agent.seat.raft.leader.filter(|leader| *leader != host && *leader < self.setting.nodes)
         {
             self.send(host, leader, Message::Propose(proposal));
         }
@@ -201,15 +144,15 @@ impl World {
     pub(super) fn own_proposal(&mut self, host: usize, command: Command) -> RequestId {
         let at_ms = self.wall_ms(host);
         let proposal = self.proposal("coordinator", at_ms, command);
-        let (id, term) = (proposal.id, self.hosts[host].agent.raft.term);
-        self.store(host, Storage::Own(term, Some(proposal)));
+        let id = proposal.id;
+        self.propose(host, What::Command(proposal));
         id
     }
 
-    /// A node's whole report, when it changed or got old.
+    /// A node's whole report, when it changed or got old; its facts come last.
     pub(super) fn report(&mut self, host: usize, report: NodeReport) {
         let agent = &mut self.hosts[host].agent;
-        let Some(leader) = agent.raft.leader else {
+        let Some(leader) = agent.seat.raft.leader.filter(|leader| *leader < self.setting.nodes) else {
             return;
         };
         let old = self.now.saturating_sub(agent.said_at) > 250 * MS;
@@ -218,8 +161,14 @@ impl World {
         }
         agent.said = Some(report.clone());
         agent.said_at = self.now;
-        let (node, now) = (self.node_of(host), self.now);
-        self.send(host, leader, Message::Report(node, now, Rc::new(report)));
+        let (node, now) = (NodeId(host as u64 + 1), self.now);
+        let witness = agent.hosting.as_ref().map(|hosting| WitnessReport {
+            id: NodeId::witness(1),
+            hosts_since: hosting.hosts_since(),
+            trouble: hosting.lease_is_stale().then(|| "shows less than was seen before".into()),
+        });
+        let facts = agent.state.nodes.get(&node).map(|node| node.facts.clone()).unwrap_or_default();
+        self.send(host, leader, Message::Report(node, now, Rc::new(NodeReport { facts, witness, ..report })));
     }
 
     /// The source's word about a migration, to the agent of its target.
@@ -251,7 +200,7 @@ impl World {
             let fresh = &mut self.hosts[host].agent.fresh[node];
             (fresh.life, fresh.challenge, fresh.newest) = (None, challenge, 0);
         }
-        let term = self.hosts[host].agent.raft.term;
+        let term = self.hosts[host].agent.seat.raft.term;
         let state = self.hosts[host].agent.state.clone();
         let skip = self.mutated(Mutation::SkipWait);
         let coordinatorship = Coordinatorship::begin(term, now, &state, skip);
@@ -263,8 +212,4 @@ impl World {
     pub(super) fn host_with(&self, tenure: &Tenure) -> usize {
         host_of(tenure.node)
     }
-}
-
-fn blank(term: u64) -> RequestId {
-    RequestId(uuid::Uuid::from_u128(u128::from(term)))
 }

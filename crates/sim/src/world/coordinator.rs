@@ -5,7 +5,10 @@ use std::rc::Rc;
 
 use holdfast_core::check::check;
 use holdfast_core::lease::{BootTime, LeaseSlot, LeaseTiming};
+use holdfast_core::observed::Attending;
 use holdfast_core::plan::plan;
+use holdfast_core::quorum::Attendance;
+use holdfast_core::quorum::SILENT_MS;
 use holdfast_core::*;
 
 use super::World;
@@ -36,6 +39,11 @@ pub struct Coordinatorship {
     revision: u64,
     /// The timing that is granted, and since when no longer one was.
     granting: (LeaseTiming, BootTime),
+    /// Who attends, and when to look next.
+    pub attendance: Attendance,
+    pub look_next: BootTime,
+    /// When to tell again that votes moved.
+    pub tell_next: BootTime,
 }
 
 impl Coordinatorship {
@@ -56,6 +64,9 @@ impl Coordinatorship {
             planned: BootTime(0),
             revision: 0,
             granting: (state.settings.profile.timing(), now),
+            attendance: Attendance::new(now),
+            look_next: now,
+            tell_next: now,
         }
     }
 
@@ -87,8 +98,8 @@ impl World {
     pub(super) fn coordinate(&mut self, host: usize) {
         let now = self.boot(host);
         let agent = &mut self.hosts[host].agent;
-        let leads = agent.raft.leads_since().is_some_and(|blank| agent.applied >= blank);
-        let same = agent.coordinatorship.as_ref().is_some_and(|c| c.term == agent.raft.term);
+        let leads = agent.seat.raft.leads_since().is_some_and(|blank| agent.applied >= blank);
+        let same = agent.coordinatorship.as_ref().is_some_and(|c| c.term == agent.seat.raft.term);
         if !leads || !same {
             agent.coordinatorship = None;
             if !leads {
@@ -106,14 +117,17 @@ impl World {
             mine.revision = state.revision;
             mine.dirty = true;
         }
+        self.keep_members(host, &mut mine, &state, now);
         self.settle_outstanding(host, &mut mine, &state, now);
-        let observed = self.observe(host, &mut mine, &state, now);
-        self.fence(host, &mut mine, &state, &observed, now);
-        let due = mine.dirty || now.ms_since(mine.planned) >= PLAN_EVERY_MS;
-        if due && mine.outstanding.is_none() {
-            mine.dirty = false;
+        self.watch_leases(host, &mut mine, &state, now);
+        if mine.dirty || now.ms_since(mine.planned) >= PLAN_EVERY_MS {
+            let observed = self.observe(host, &mut mine, &state, now);
+            self.fence(host, &mut mine, &state, &observed, now);
             mine.planned = now;
-            self.decide(host, &mut mine, &state, &observed, now);
+            if mine.outstanding.is_none() {
+                mine.dirty = false;
+                self.decide(host, &mut mine, &state, &observed, now);
+            }
         }
         self.hosts[host].agent.coordinatorship = Some(mine);
     }
@@ -138,18 +152,52 @@ impl World {
         }
     }
 
+    /// Whether the lease of a slot has certainly ended, before and now.
+    fn lease_ended(
+        &self,
+        host: usize,
+        mine: &mut Coordinatorship,
+        at: usize,
+        timing: LeaseTiming,
+        now: BootTime,
+    ) -> (bool, bool) {
+        let slot = &mut mine.slots[at];
+        let silent_ms = if slot.node == self.node_of(host) { 0 } else { mine.attendance.silent_ms(slot.node, now) };
+        let judged_at = if self.mutated(Mutation::DropMargin) { now.plus_ms(timing.margin_ms()) } else { now };
+        let was = slot.condemn_if_ended(BootTime(0));
+        let mut ended = slot.condemn_if_ended(judged_at);
+        if self.mutated(Mutation::SilenceIsLost) {
+            ended |= slot.up && slot.silent_ms(now) > 3 * timing.heartbeat_ms;
+        }
+        if self.mutated(Mutation::UnheardIsLost) {
+            ended |= slot.up && silent_ms > timing.lost_after_ms();
+        }
+        (was, ended)
+    }
+
+    fn watch_leases(&mut self, host: usize, mine: &mut Coordinatorship, state: &ClusterState, now: BootTime) {
+        let timing = state.settings.profile.timing();
+        for at in 0..mine.slots.len() {
+            let (was, ended) = self.lease_ended(host, mine, at, timing, now);
+            let (node, term, up) = (mine.slots[at].node, mine.slots[at].term, mine.slots[at].up);
+            if ended && !was && up {
+                mine.dirty = true;
+                // Without authority a successor may grant leases by now; then
+                // this one's opinion is never committed.
+                let acked = self.hosts[host].agent.seat.raft.quorum_acked(now);
+                if acked.is_some_and(|acked| now < acked.plus_ms(self.election().window_ms)) {
+                    self.judge_condemned(host, node, term);
+                }
+            }
+        }
+    }
+
     fn observe(&mut self, host: usize, mine: &mut Coordinatorship, state: &ClusterState, now: BootTime) -> Observed {
         let timing = state.settings.profile.timing();
         let mut observed = Observed::default();
         for at in 0..mine.slots.len() {
-            let slot = &mut mine.slots[at];
-            let judged_at = if self.mutated(Mutation::DropMargin) { now.plus_ms(timing.margin_ms()) } else { now };
-            let was = slot.condemn_if_ended(BootTime(0));
-            let mut lease_ended = slot.condemn_if_ended(judged_at);
-            if self.mutated(Mutation::SilenceIsLost) {
-                lease_ended |= slot.up && slot.silent_ms(now) > 3 * timing.heartbeat_ms;
-            }
-            let (node, term, up) = (slot.node, slot.term, slot.up);
+            let (_, lease_ended) = self.lease_ended(host, mine, at, timing, now);
+            let slot = &mine.slots[at];
             let seen = NodeObserved {
                 lease_ended,
                 silent_ms: slot.silent_ms(now),
@@ -157,25 +205,24 @@ impl World {
                 // A host that is heard after it was said to be off is not off.
                 fence: mine
                     .fences
-                    .get(&node)
+                    .get(&slot.node)
                     .filter(|(_, at)| slot.heard_within(now.ms_since(*at), now).is_none())
                     .map(|(word, _)| word.clone()),
-                report: mine.reports.get(&node).map(|report| (**report).clone()),
+                report: mine.reports.get(&slot.node).map(|report| (**report).clone()),
                 ..NodeObserved::default()
             };
-            observed.nodes.insert(node, seen);
-            if lease_ended && !was && up {
-                mine.dirty = true;
-                // Without authority a successor may grant leases by now; then
-                // this one's opinion is never committed.
-                let acked = self.hosts[host].agent.raft.quorum_acked(now);
-                if acked.is_some_and(|acked| now < acked.plus_ms(self.election().window_ms)) {
-                    self.judge_condemned(host, node, term);
-                }
-            }
+            observed.nodes.insert(slot.node, seen);
         }
         let settled = mine.granting.1.plus_ms(state.settings.longest_lease.lost_after_ms());
         observed.longer_leases_over = now >= settled;
+        let me = self.node_of(host);
+        let silent = |id: &NodeId| *id != me && mine.attendance.silent_ms(*id, now) > SILENT_MS;
+        let present = |id: &NodeId| mine.attendance.is_present(*id, now);
+        observed.attendance = Some(Attending {
+            coordinator: me,
+            silent: state.nodes.keys().copied().filter(silent).collect(),
+            present: state.nodes.keys().copied().filter(present).collect(),
+        });
         observed
     }
 

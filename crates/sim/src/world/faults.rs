@@ -79,6 +79,29 @@ impl World {
             Fault::Storm(lost, doubled, late) => {
                 (self.links.lost, self.links.doubled, self.links.late_ms) = (*lost, *doubled, *late);
             }
+            Fault::CutDisk(node) | Fault::JoinDisk(node) if known(node) => {
+                if let Some(disk) = &mut self.disk {
+                    match fault {
+                        Fault::CutDisk(_) => disk.out_of_reach |= 1 << node,
+                        _ => disk.out_of_reach &= !(1 << node),
+                    }
+                }
+            }
+            Fault::CopyDisk => {
+                if let Some(disk) = &mut self.disk {
+                    disk.copy();
+                }
+            }
+            // What nobody has seen newer cannot be recognised as old.
+            Fault::OldDisk => {
+                let seen = self.hosts.iter().map(|host| host.memory).min();
+                if let (Some(disk), Some(seen)) = (&mut self.disk, seen)
+                    && disk.copy_shows() < (seen.epoch, seen.counter)
+                {
+                    disk.restore();
+                }
+            }
+            Fault::SetClock(node, ms) if known(node) => self.hosts[*node].wall_skew_ms += ms,
             Fault::Heal => self.heal(),
             _ => {}
         }
@@ -96,6 +119,7 @@ impl World {
             }
         }
         for node in 0..self.hosts.len() {
+            self.fault(&Fault::JoinDisk(node));
             self.fault(&Fault::Wake(node));
             self.power_on(node);
         }

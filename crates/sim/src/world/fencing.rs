@@ -47,7 +47,7 @@ impl World {
         observed: &Observed,
         now: BootTime,
     ) {
-        let acked = self.hosts[host].agent.raft.quorum_acked(now);
+        let acked = self.hosts[host].agent.seat.raft.quorum_acked(now);
         if state.fencing.is_empty() || acked.is_none_or(|at| now >= at.plus_ms(self.election().window_ms)) {
             return;
         }

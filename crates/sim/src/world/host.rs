@@ -4,13 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use holdfast_core::lease::{BootTime, NodeLease};
+use holdfast_core::witness::Memory;
 use holdfast_core::*;
 
+use super::consensus::Seat;
 use super::coordinator::Coordinatorship;
+use super::witness::Hosting;
 use super::{Event, Part, World};
 use crate::clock::Clock;
-use crate::mutation::Mutation;
-use crate::raft::{Entry, Raft};
+use crate::raft::{Entry, Members, Raft};
 
 /// A host.
 pub struct Host {
@@ -24,10 +26,12 @@ pub struct Host {
     pub clock: Clock,
     /// How wrong its wall clock is.
     pub wall_skew_ms: i64,
+    /// Between two turns of its agent at most, in microseconds.
+    pub pace_us: u64,
+    /// What it has seen on the witness's disk; durable.
+    pub memory: Memory,
     /// How long a write takes; zero: as usual.
     pub disk_ms: u64,
-    /// Until when its disk is busy.
-    pub disk_until: u64,
     /// Stands still as a whole.
     pub suspended: bool,
     /// The keeper stands still.
@@ -51,6 +55,8 @@ pub struct Keeper {
     pub open: Option<NodeTerm>,
     pub sequence: u64,
     pub period_ms: u64,
+    /// For when its alarm is set, in true nanoseconds.
+    pub alarm: u64,
     /// The challenges to echo, by coordinator.
     pub echoes: Vec<u64>,
     /// The newest heartbeat to which each agent's answer arrived.
@@ -142,9 +148,10 @@ impl Qemu {
 pub struct Agent {
     pub alive: bool,
     pub life: u64,
-    pub raft: Raft,
-    /// Messages of a leader that wait for the disk.
-    pub storing: u32,
+    /// Its part in consensus.
+    pub seat: Seat,
+    /// Its part in hosting the witness.
+    pub hosting: Option<Hosting>,
     /// How far the log is applied.
     pub applied: usize,
     pub state: Rc<ClusterState>,
@@ -177,21 +184,20 @@ pub struct Freshness {
 }
 
 impl Host {
-    pub fn new(index: usize, world: &World, log: Vec<Entry>) -> Self {
+    pub fn new(index: usize, world: &World, members: Members, log: Vec<Entry>) -> Self {
         let (nodes, timing) = (world.setting.nodes, world.election());
-        let voters = nodes.min(5);
-        let mut raft = Raft::new(index, voters, nodes, timing, world.mutated(Mutation::VoteAtOnce));
-        raft.term = 1;
+        let mut raft = Raft::new(index, world.participants(), members, timing, world.defects());
         let applied = log.len();
-        raft.log = log;
+        raft.found(1, log);
         Host {
             id: NodeId(index as u64 + 1),
             powered: false,
             power: 0,
             clock: Clock::new(0, 0, 0),
             wall_skew_ms: 0,
+            pace_us: 20_000,
+            memory: Memory::default(),
             disk_ms: 0,
-            disk_until: 0,
             suspended: false,
             keeper_stopped: false,
             agent_stopped: false,
@@ -203,6 +209,7 @@ impl Host {
                 open: None,
                 sequence: 0,
                 period_ms: world.setting.profile.timing().heartbeat_ms,
+                alarm: 0,
                 echoes: vec![0; nodes],
                 acknowledged: vec![0; nodes],
                 last_epoch: BTreeMap::new(),
@@ -211,8 +218,8 @@ impl Host {
             agent: Agent {
                 alive: false,
                 life: 0,
-                raft,
-                storing: 0,
+                seat: Seat::new(raft, 0),
+                hosting: None,
                 applied,
                 state: world.chain.state(applied),
                 caught_up: false,
@@ -239,6 +246,7 @@ impl World {
         }
         let drift = if self.setting.calm { 0 } else { self.rng.between(0, 80_000) as i64 - 40_000 };
         let shown = self.rng.between(1, 1 << 40);
+        let pace_us = if self.setting.calm { 20_000 } else { *self.rng.pick(&[20_000, 40_000, 60_000]) };
         let skew = if self.setting.calm { 0 } else { self.rng.between(0, 4_000) as i64 - 2_000 };
         let now = self.now;
         let host_state = &mut self.hosts[host];
@@ -246,7 +254,7 @@ impl World {
         host_state.power += 1;
         host_state.clock = Clock::new(now, shown, drift);
         host_state.wall_skew_ms = skew;
-        host_state.disk_until = now;
+        host_state.pace_us = pace_us;
         let power = host_state.power;
         for part in [Part::Keeper, Part::Agent] {
             let us = self.draw(5_000, 300_000);
@@ -255,6 +263,7 @@ impl World {
     }
 
     pub(super) fn power_off(&mut self, host: usize) {
+        self.lose_writes(host);
         let host = &mut self.hosts[host];
         host.powered = false;
         (host.suspended, host.keeper_stopped, host.agent_stopped) = (false, false, false);
@@ -263,6 +272,7 @@ impl World {
         host.keeper.open = None;
         host.keeper.processes.clear();
         host.agent.alive = false;
+        host.agent.hosting = None;
         host.agent.coordinatorship = None;
     }
 
@@ -286,15 +296,16 @@ impl World {
         let agent = &mut self.hosts[index].agent;
         agent.alive = true;
         agent.life += 1;
-        agent.raft.restart(now);
+        agent.seat.life = agent.life;
+        agent.seat.raft.restart(now);
         // The applied state comes from a snapshot, which may be a while old.
-        agent.applied = agent.applied.saturating_sub(replays).max(agent.snapshot.min(agent.applied));
+        let known = agent.applied.min(agent.seat.raft.flushed());
+        agent.applied = known.saturating_sub(replays).max(agent.snapshot.min(known));
         agent.state = self.chain.state(agent.applied);
-        agent.length_at_start = agent.raft.log.len();
+        agent.length_at_start = agent.seat.raft.log.len();
         agent.caught_up = false;
         agent.fresh =
             challenges.iter().map(|challenge| Freshness { challenge: *challenge, ..Freshness::default() }).collect();
-        agent.storing = 0;
         agent.coordinatorship = None;
         agent.asked.clear();
         agent.callers.clear();
@@ -304,12 +315,16 @@ impl World {
         agent.targets_over.clear();
         let life = agent.life;
         self.log(|| format!("  n{} agent starts", index + 1));
-        self.after_us(100, Event::AgentTick(index, life));
+        let us = self.draw(100, 60_000);
+        self.after_us(us, Event::AgentTick(index, life));
+        self.begin_hosting(index);
     }
 
     pub(super) fn stop_agent(&mut self, host: usize) {
+        self.lose_writes(host);
         let agent = &mut self.hosts[host].agent;
         agent.alive = false;
+        agent.hosting = None;
         agent.coordinatorship = None;
     }
 

@@ -32,6 +32,7 @@ impl World {
         keeper.life += 1;
         keeper.lease = NodeLease::new(life);
         keeper.open = None;
+        keeper.alarm = 0;
         keeper.sequence = 0;
         keeper.echoes = vec![0; nodes];
         keeper.acknowledged = vec![0; nodes];
@@ -68,9 +69,14 @@ impl World {
         let (incarnation, sequence) = (keeper.lease.incarnation(), keeper.sequence);
         let said: Vec<_> = keeper.echoes.iter().copied().zip(keeper.acknowledged.iter().copied()).collect();
         let next = now.plus_ms(keeper.period_ms);
+        // Only a coordinator does anything with it; where messages take long, whoever
+        // gets it may be one by then.
+        let slow = self.links.late_ms > 0;
         for (to, (echo, acknowledged)) in said.into_iter().enumerate() {
-            let heartbeat = Heartbeat { node, incarnation, sequence, sent: now, acknowledged };
-            self.send(host, to, Message::Heartbeat(heartbeat, echo));
+            if slow || self.hosts[to].agent.coordinatorship.is_some() {
+                let heartbeat = Heartbeat { node, incarnation, sequence, sent: now, acknowledged };
+                self.send(host, to, Message::Heartbeat(heartbeat, echo));
+            }
         }
         let at = self.hosts[host].clock.when(next, self.now);
         self.at(at, Event::KeeperBeat(host, life));
@@ -139,9 +145,13 @@ impl World {
         }
         let keeper = &self.hosts[host].keeper;
         if let (Some(_), Some(ends)) = (keeper.open.filter(|_| held), keeper.lease.ends()) {
+            // The alarm that is set already looks at the time again when it rings.
             let life = keeper.life;
             let at = self.hosts[host].clock.when(ends, self.now);
-            self.at(at, Event::KeeperAlarm(host, life));
+            if self.hosts[host].keeper.alarm <= self.now || self.hosts[host].keeper.alarm > at {
+                self.hosts[host].keeper.alarm = at;
+                self.at(at, Event::KeeperAlarm(host, life));
+            }
         }
     }
 

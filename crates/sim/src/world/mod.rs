@@ -2,6 +2,7 @@
 
 mod agent;
 mod client;
+mod consensus;
 mod coordinator;
 mod faults;
 mod fencing;
@@ -9,10 +10,13 @@ mod host;
 mod keeper;
 mod network;
 mod oracle;
+mod queue;
+mod seats;
+mod shared_disk;
 mod vm_worker;
+mod witness;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use holdfast_core::lease::{BootTime, Grant, Heartbeat};
@@ -21,16 +25,19 @@ use uuid::Uuid;
 
 use crate::clock::MS;
 use crate::mutation::Mutation;
-use crate::raft::{ElectionTiming, RaftMessage};
+use crate::raft::{Defects, ElectionTiming, Entry, Members, RaftMessage, What};
 use crate::rng::Rng;
 use crate::script::Step;
 
 pub use oracle::Violation;
 
 use client::Client;
-use host::Host;
+use host::{Host, host_of};
 use network::Links;
-use oracle::Chain;
+use oracle::{Chain, Tally};
+use queue::Queue;
+use shared_disk::{SharedDisk, Transfer};
+use witness::DiskWord;
 
 /// The wall clocks' zero in milliseconds since the Unix epoch: some day in 2026.
 const WALL_ZERO_MS: u64 = 1_790_000_000_000;
@@ -46,6 +53,8 @@ pub struct Setting {
     pub memory_mib: u64,
     /// The failover profile.
     pub profile: Profile,
+    /// There is a witness.
+    pub witness: bool,
     /// Exact clocks, even delays, obedient guests: for scenarios that people read.
     pub calm: bool,
     /// A rule that is broken on purpose.
@@ -79,9 +88,28 @@ enum Event {
     KeeperBeat(usize, u64),
     KeeperAlarm(usize, u64),
     AgentTick(usize, u64),
-    /// Something is on the disk: in this life of the agent.
-    Stored(usize, u64, Storage),
+    /// The next write of a participant is on the disk, in this life of the agent.
+    Stored {
+        host: usize,
+        who: usize,
+        life: u64,
+    },
     Guest(usize, u64, GuestTimer),
+    /// An agent looks after the witness.
+    HostingTurn(usize, u64),
+    /// A write reaches the witness's disk; its writer had this much of its boots then.
+    Lands {
+        host: usize,
+        power: u64,
+        transfer: Transfer,
+    },
+    /// The witness's disk has done what this life of an agent asked for.
+    DiskSays {
+        host: usize,
+        life: u64,
+        asked: u64,
+        word: DiskWord,
+    },
     Client(usize),
     /// A fence agent switches a host off, in this of its boots.
     PowerCut(usize, u64),
@@ -91,14 +119,6 @@ enum Event {
     FenceSaid(fencing::Fence),
     /// A host that was cut off at a bad moment is joined again.
     Rejoin(usize),
-}
-
-#[derive(Clone, Debug)]
-enum Storage {
-    /// From a leader.
-    Append(usize, RaftMessage),
-    /// A leader's own, in this term of Raft.
-    Own(u64, Option<Rc<Proposal>>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +138,12 @@ enum Message {
     Grant(Grant),
     Probe(Incarnation, u64),
     Challenge(Incarnation, u64),
-    Raft(RaftMessage),
+    /// Between participants of consensus.
+    Raft {
+        from: usize,
+        to: usize,
+        message: RaftMessage,
+    },
     /// Reports of one node keep their order: this is when it was sent.
     Report(NodeId, u64, Rc<NodeReport>),
     Propose(Rc<Proposal>),
@@ -163,36 +188,12 @@ impl Message {
     }
 }
 
-struct Queued {
-    at: u64,
-    order: u64,
-    event: Event,
-}
-
-impl PartialEq for Queued {
-    fn eq(&self, other: &Self) -> bool {
-        (self.at, self.order) == (other.at, other.order)
-    }
-}
-impl Eq for Queued {}
-impl PartialOrd for Queued {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Queued {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.at, self.order).cmp(&(other.at, other.order))
-    }
-}
-
 /// Everything.
 pub struct World {
     setting: Setting,
     /// True time in nanoseconds.
     now: u64,
-    queue: BinaryHeap<Reverse<Queued>>,
-    order: u64,
+    queue: Queue,
     rng: Rng,
     steps: Vec<Step>,
     hosts: Vec<Host>,
@@ -205,6 +206,15 @@ pub struct World {
     /// Things break by themselves, too: off once everything is to heal.
     troubled: bool,
     last_decision: u64,
+    tally: Tally,
+    /// The disk that the witness lives on.
+    disk: Option<SharedDisk>,
+    /// Under which epoch the witness was last read from it.
+    witness_read: u64,
+    /// Who takes part in the beginning.
+    founders: Members,
+    /// Whom each participant voted for, by its number and the term.
+    votes: BTreeMap<(usize, u64), usize>,
     violation: Option<Violation>,
     timeline: Vec<(u64, String)>,
 }
@@ -216,8 +226,7 @@ impl World {
         let nodes = setting.nodes;
         let mut world = World {
             now: 0,
-            queue: BinaryHeap::new(),
-            order: 0,
+            queue: Queue::default(),
             rng,
             hosts: Vec::new(),
             links: Links::new(nodes),
@@ -227,6 +236,11 @@ impl World {
             clients: Vec::new(),
             troubled: !setting.calm,
             last_decision: 0,
+            tally: Tally::default(),
+            disk: None,
+            witness_read: 0,
+            founders: Members::default(),
+            votes: BTreeMap::new(),
             violation: None,
             timeline: Vec::new(),
             steps,
@@ -234,10 +248,8 @@ impl World {
         };
         world.found();
         for (index, step) in world.steps.iter().enumerate() {
-            let queued = Queued { at: step.at_ms * MS, order: index as u64, event: Event::Script(index) };
-            world.queue.push(Reverse(queued));
+            world.queue.push(step.at_ms * MS, Event::Script(index));
         }
-        world.order = world.steps.len() as u64;
         for host in 0..nodes {
             world.power_on(host);
         }
@@ -293,6 +305,9 @@ impl World {
         if self.setting.profile != Profile::Default {
             commands.push(Command::SetProfile { profile: self.setting.profile });
         }
+        if self.setting.witness {
+            commands.push(Command::SetWitness { disk: "/dev/witness".into(), mark: Uuid::from_u128(3) });
+        }
         // Some clusters can switch their hosts off.
         if !self.setting.calm && self.setting.seed.is_multiple_of(3) {
             commands.extend(fencing::configuration(self.setting.nodes));
@@ -302,13 +317,48 @@ impl World {
         let entries: Vec<_> =
             commands.into_iter().map(|command| self.proposal("setup", WALL_ZERO_MS, command)).collect();
         let log: Vec<_> =
-            entries.into_iter().map(|proposal| crate::raft::Entry { term: 1, proposal: Some(proposal) }).collect();
+            entries.into_iter().map(|proposal| Entry { term: 1, what: What::Command(proposal) }).collect();
         for entry in &log {
             self.chain.append(entry);
         }
+        if self.setting.witness {
+            self.disk = Some(World::found_witness(log.clone()));
+        }
+        // As if every node had been given its seat when it joined.
+        let seats = quorum::seats(&self.chain.latest(), NodeId(1), &Default::default(), &Default::default());
+        let (voters, learners) = (self.group(&seats.voters), self.group(&seats.learners));
+        let members = Members { voters, before: None, learners };
+        self.founders = members;
         for index in 0..self.setting.nodes {
-            let host = Host::new(index, self, log.clone());
+            let host = Host::new(index, self, members, log.clone());
             self.hosts.push(host);
+        }
+    }
+
+    /// How many participants of consensus there can be.
+    fn participants(&self) -> usize {
+        self.setting.nodes + usize::from(self.setting.witness)
+    }
+
+    /// Which participant of consensus a node is.
+    fn participant(&self, id: NodeId) -> usize {
+        if id.is_witness() { self.witness() } else { host_of(id) }
+    }
+
+    fn name_of(&self, who: usize) -> String {
+        if who == self.witness() { "the witness".into() } else { format!("n{}", who + 1) }
+    }
+
+    /// The node, or witness, that a participant is.
+    fn node_id(&self, who: usize) -> NodeId {
+        if who == self.witness() { NodeId::witness(1) } else { NodeId(who as u64 + 1) }
+    }
+
+    fn defects(&self) -> Defects {
+        Defects {
+            votes_at_once: self.mutated(Mutation::VoteAtOnce),
+            forgets_hold: self.mutated(Mutation::ForgetHold),
+            trusts_its_log: self.mutated(Mutation::TrustTheLogAlone),
         }
     }
 
@@ -332,8 +382,7 @@ impl World {
     }
 
     fn at(&mut self, at: u64, event: Event) {
-        self.order += 1;
-        self.queue.push(Reverse(Queued { at: at.max(self.now), order: self.order, event }));
+        self.queue.push(at.max(self.now), event);
     }
 
     fn after_us(&mut self, us: u64, event: Event) {
@@ -378,15 +427,12 @@ impl World {
     /// Runs until `ms` of true time, or until something is broken.
     pub fn run_until(&mut self, ms: u64) {
         while self.violation.is_none() {
-            let due = self.queue.peek().is_some_and(|Reverse(next)| next.at <= ms * MS);
-            if !due {
+            let Some((at, event)) = self.queue.pop(ms * MS) else {
                 self.now = self.now.max(ms * MS);
                 return;
-            }
-            if let Some(Reverse(Queued { at, event, .. })) = self.queue.pop() {
-                self.now = at;
-                self.happen(event);
-            }
+            };
+            self.now = at;
+            self.happen(event);
         }
     }
 
@@ -405,8 +451,11 @@ impl World {
                 }
             }
             Event::AgentTick(host, life) => self.agent_tick(host, life),
-            Event::Stored(host, life, what) => self.agent_stored(host, life, what),
+            Event::Stored { host, who, life } => self.stored(host, who, life),
             Event::Guest(host, serial, timer) => self.guest_timer(host, serial, timer),
+            Event::HostingTurn(host, life) => self.hosting_turn(host, life),
+            Event::Lands { host, power, transfer } => self.lands(host, power, transfer),
+            Event::DiskSays { host, life, asked, word } => self.disk_says(host, life, asked, word),
             Event::Client(index) => self.client_turn(index),
             Event::PowerCut(host, power) => self.power_cut(host, power),
             Event::PowerBack(host, power) => self.power_back(host, power),
@@ -420,7 +469,10 @@ impl World {
         let (host, part) = match &event {
             Event::Deliver { to, message, .. } => (*to, message.part()),
             Event::KeeperBeat(host, _) | Event::KeeperAlarm(host, _) => (*host, Part::Keeper),
-            Event::AgentTick(host, _) | Event::Stored(host, ..) => (*host, Part::Agent),
+            Event::AgentTick(host, _)
+            | Event::HostingTurn(host, _)
+            | Event::Stored { host, .. }
+            | Event::DiskSays { host, .. } => (*host, Part::Agent),
             Event::Guest(host, ..) => (*host, Part::Guests),
             _ => return Some(event),
         };

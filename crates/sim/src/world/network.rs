@@ -113,7 +113,7 @@ impl World {
             Message::StreamBroken { vm, to: target } => self.stream_broken(to, vm, target),
             _ if !self.hosts[to].agent.alive => {}
             Message::Heartbeat(heartbeat, echo) => self.agent_heartbeat(from, to, &heartbeat, echo),
-            Message::Raft(message) => self.agent_raft(from, to, message),
+            Message::Raft { from, to: who, message } => self.hear_raft(to, from, who, message),
             Message::Report(node, sent, report) => self.agent_report(to, node, sent, report),
             Message::Propose(proposal) => self.agent_propose(from, to, proposal),
             Message::Proposed(id, reply) => self.agent_proposed(to, id, reply),

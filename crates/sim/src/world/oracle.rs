@@ -7,7 +7,7 @@ use holdfast_core::*;
 
 use super::World;
 use super::host::{Qemu, Stage, host_of};
-use crate::raft::Entry;
+use crate::raft::{Entry, RaftMessage};
 
 /// A rule that was broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +64,7 @@ impl Chain {
     pub fn append(&mut self, entry: &Entry) {
         let mut state = self.latest();
         let mut reply = Reply::Done;
-        if let Some(proposal) = &entry.proposal {
+        if let Some(proposal) = entry.proposal() {
             reply = Rc::make_mut(&mut state).apply(proposal);
             self.ids.entry(proposal.id).or_insert(self.entries.len() + 1);
             if matches!(proposal.command, Command::Decide { .. }) && reply == Reply::Done {
@@ -77,8 +77,17 @@ impl Chain {
     }
 
     fn proposals(&self) -> impl Iterator<Item = &Rc<Proposal>> {
-        self.entries.iter().filter_map(|entry| entry.proposal.as_ref())
+        self.entries.iter().filter_map(Entry::proposal)
     }
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Elections that were won.
+    pub elections: u64,
+    /// Entries about who takes part that were proposed.
+    pub moves: u64,
 }
 
 impl World {
@@ -91,9 +100,8 @@ impl World {
 
     /// A node has committed an entry.
     pub(super) fn commit(&mut self, index: usize, entry: &Entry) {
-        let id = |entry: &Entry| entry.proposal.as_ref().map(|proposal| proposal.id);
         if let Some(known) = self.chain.entries.get(index - 1) {
-            if (known.term, id(known)) != (entry.term, id(entry)) {
+            if !known.is(entry) {
                 self.broken("one log", format!("two entries were committed at index {index}"));
             }
             return;
@@ -101,7 +109,7 @@ impl World {
         let before = self.chain.latest();
         self.chain.append(entry);
         let after = self.chain.latest();
-        let decided = entry.proposal.as_ref().is_some_and(|proposal| {
+        let decided = entry.proposal().is_some_and(|proposal| {
             matches!(proposal.command, Command::Decide { .. }) && self.chain.reply(index) == Reply::Done
         });
         if decided {
@@ -184,6 +192,29 @@ impl World {
         }
     }
 
+    /// The witness says something: nobody may have read its disk since it was.
+    pub(super) fn judge_witness(&mut self, host: usize) {
+        let instance = self.hosts[host].agent.hosting.as_ref().and_then(|hosting| hosting.instance.as_ref());
+        if let Some(epoch) = instance.map(|instance| instance.epoch).filter(|epoch| *epoch < self.witness_read) {
+            let read = self.witness_read;
+            let text = format!("n{} speaks for it under epoch {epoch}, but it was read under {read}", host + 1);
+            self.broken("one witness", text);
+        }
+    }
+
+    /// A vote is given: nobody gives two in a term.
+    pub(super) fn judge_vote(&mut self, who: usize, to: usize, message: &RaftMessage) {
+        let RaftMessage::Vote { pre: false, term, granted: true } = message else {
+            return;
+        };
+        let before = *self.votes.entry((who, *term)).or_insert(to);
+        if before != to {
+            let names = (self.name_of(who), self.name_of(before), self.name_of(to));
+            let text = format!("{} voted for {} and for {} in term {term}", names.0, names.1, names.2);
+            self.broken("one vote in a term", text);
+        }
+    }
+
     /// A client was told what became of its command.
     pub(super) fn judge_reply(&mut self, index: usize, reply: &Reply) {
         let id = self.clients[index].proposal.id;
@@ -204,9 +235,7 @@ impl World {
         for proposal in proposals {
             let text = serde_json::to_string(&*proposal).unwrap_or_default();
             match serde_json::from_str::<Proposal>(&text) {
-                Ok(read) if read == *proposal => {
-                    again.apply(&read);
-                }
+                Ok(read) if read == *proposal => drop(again.apply(&read)),
                 _ => return self.broken("the log reads back", text),
             }
         }

@@ -23,7 +23,6 @@ impl World {
         let mut report = NodeReport {
             incarnation: self.hosts[host].keeper.lease.incarnation(),
             term: self.hosts[host].keeper.open.unwrap_or_default(),
-            facts: state.nodes.get(&me).map(|node| node.facts.clone()).unwrap_or_default(),
             ..NodeReport::default()
         };
         for vm in state.vms.values() {
