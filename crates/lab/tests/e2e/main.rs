@@ -31,4 +31,5 @@ mod quorum;
 mod quorum_forced;
 mod room;
 mod sixteen;
+mod what_if;
 mod witness;
