@@ -13,17 +13,17 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
 use nix::fcntl::FallocateFlags;
-use nix::sys::eventfd::EventFd;
 use slab::Slab;
 
 use crate::buffer::{Buffer, Pool};
 use crate::connection::{Connection, Input};
 use crate::export::Export;
 use crate::nbd::{Command, Errno, Extent, Head, MAX_REQUEST_BYTES, Request};
+use crate::order::{Line, Order};
 use crate::ring::{Done, Io, Ring};
 
 /// What one read of a socket takes at most.
@@ -36,45 +36,6 @@ const AT_REST: Duration = Duration::from_secs(1);
 const MOST_EXTENTS: usize = 512;
 /// Zeroes that are written at once where the storage has no better way.
 const ZEROES_BYTES: u64 = 1 << 20;
-
-/// What a thread is told.
-pub(crate) enum Order {
-    /// Serve a disk to whoever connects here; this names it.
-    Serve(u64, UnixListener, Arc<Export>),
-    /// Serve this client.
-    Adopt(UnixStream, Arc<Export>),
-    /// Serve it no more, end its connections, and tell when no I/O of it is left.
-    Withdraw(u64, Arc<Export>, SyncSender<()>),
-    /// End.
-    Stop,
-}
-
-/// Where a thread is told things.
-pub(crate) struct Line {
-    pub(crate) orders: SyncSender<Order>,
-    pub(crate) bell: EventFd,
-}
-
-impl Line {
-    pub(crate) fn tell(&self, order: Order) {
-        // A full queue makes the teller wait; a thread that is gone serves nothing.
-        if self.orders.send(order).is_ok() {
-            let _ = self.bell.write(1);
-        }
-    }
-
-    /// As [`Line::tell`], but gives the order back when the queue is full: threads
-    /// must not wait for each other.
-    fn offer(&self, order: Order) -> Option<Order> {
-        match self.orders.try_send(order) {
-            Ok(()) => {
-                let _ = self.bell.write(1);
-                None
-            }
-            Err(TrySendError::Full(order) | TrySendError::Disconnected(order)) => Some(order),
-        }
-    }
-}
 
 /// What an operation is for. Places are used again, so those that may be told of
 /// late carry a number that is not.

@@ -17,6 +17,7 @@ mod engine;
 mod export;
 pub mod lun;
 pub mod nbd;
+mod order;
 mod ring;
 mod server;
 

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::engine::{Engine, Line, Order};
+use crate::engine::Engine;
 use crate::export::Export;
+use crate::order::{Line, Order};
 
 /// Orders that a thread has not read yet.
 const QUEUE: usize = 256;

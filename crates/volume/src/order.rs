@@ -1,0 +1,48 @@
+//! What the threads that serve disks are told, and how.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, TrySendError};
+
+use nix::sys::eventfd::EventFd;
+
+use crate::export::Export;
+
+/// What a thread is told.
+pub(crate) enum Order {
+    /// Serve a disk to whoever connects here; this names it.
+    Serve(u64, UnixListener, Arc<Export>),
+    /// Serve this client.
+    Adopt(UnixStream, Arc<Export>),
+    /// Serve it no more, end its connections, and tell when no I/O of it is left.
+    Withdraw(u64, Arc<Export>, SyncSender<()>),
+    /// End.
+    Stop,
+}
+
+/// Where a thread is told things.
+pub(crate) struct Line {
+    pub(crate) orders: SyncSender<Order>,
+    pub(crate) bell: EventFd,
+}
+
+impl Line {
+    pub(crate) fn tell(&self, order: Order) {
+        // A full queue makes the teller wait; a thread that is gone serves nothing.
+        if self.orders.send(order).is_ok() {
+            let _ = self.bell.write(1);
+        }
+    }
+
+    /// As [`Line::tell`], but gives the order back when the queue is full: threads
+    /// must not wait for each other.
+    pub(crate) fn offer(&self, order: Order) -> Option<Order> {
+        match self.orders.try_send(order) {
+            Ok(()) => {
+                let _ = self.bell.write(1);
+                None
+            }
+            Err(TrySendError::Full(order) | TrySendError::Disconnected(order)) => Some(order),
+        }
+    }
+}
