@@ -293,7 +293,7 @@ async fn a_successor_without_a_vote_gets_one_first() {
     let member = |id: u64| BTreeMap::from([(NodeId(id), format!("node-{id}"))]);
     first.set_members(member(1), member(2)).await.expect("one vote is enough for two nodes");
     lab.propose(1, &["a"]).await;
-    assert_eq!(lab.standing(2).me, Role::Learner);
+    lab.wait(2, |standing| standing.me == Role::Learner).await;
     first.transfer(NodeId(2), || {}).await.expect("it is handed over");
     assert_eq!(lab.coordinator_among(&[2]).await, 2);
     lab.node(2).set_members(member(2), member(1)).await.expect("and the first has no vote any more");
