@@ -4,7 +4,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{DEADLINE, eventually, lab, passes, processes_with, remains, socket};
+use common::{AGAIN, DEADLINE, eventually, lab, passes, processes_with, remains, socket};
 use holdfast_lab::{HostSpec, Network};
 use nix::sys::signal::Signal;
 
@@ -109,7 +109,7 @@ fn a_power_cut_kills_everything_at_once_and_the_disk_stays() {
         host.power_on().expect("power");
         let near = socket(&other.namespace(), other.address(Network::Heartbeat).expect("address"));
         let far = socket(&host.namespace(), host.address(Network::Heartbeat).expect("address"));
-        eventually("they talk", || passes(&near, &far, DEADLINE));
+        eventually("they talk", || passes(&near, &far, AGAIN));
         // The network's state of an earlier life is gone with it.
         host.exec(&["ip", "link", "add", "br0", "type", "bridge"]).expect("bridge");
         // Daemons that ignore every signal they can, in sessions of their own.
@@ -169,7 +169,7 @@ fn pulled_cables_stay_pulled_through_a_power_cycle() {
         hosts.each_ref().map(|host| socket(&host.namespace(), host.address(network).expect("address")))
     };
     let [a, b] = ends(Network::Heartbeat);
-    eventually("plugged in", || passes(&a, &b, DEADLINE));
+    eventually("plugged in", || passes(&a, &b, AGAIN));
     let [a, b] = ends(Network::Storage);
     assert!(!passes(&a, &b, Duration::from_millis(150)));
     lab.fabric().plug("n1", Network::Storage).expect("plug");

@@ -10,6 +10,9 @@ use holdfast_lab::{InitProgram, Lab, in_netns};
 /// Long enough for a busy machine; nothing waits this long unless it is broken.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
+/// A datagram may be lost while a link comes up: another one is sent after this.
+pub const AGAIN: Duration = Duration::from_millis(200);
+
 pub fn lab() -> Lab {
     Lab::new(InitProgram::new(env!("CARGO_BIN_EXE_lab-init"))).expect("a lab (as root)")
 }
