@@ -41,6 +41,9 @@ pub struct Kept {
     pub generation: Generation,
     /// What is left to do before it may take part in it.
     pub left_to_do: Option<Step>,
+    /// It began here: by this node's own log. Every other node reads of it.
+    #[serde(default)]
+    pub survivor: bool,
 }
 
 /// What is left to do after the generation has changed.
@@ -67,7 +70,7 @@ impl Kept {
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Kept { format: FORMAT, generation: Generation::default(), left_to_do: None });
+                return Ok(Kept::of(Generation::default(), None));
             }
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
@@ -93,18 +96,26 @@ impl Kept {
     /// # Errors
     /// The disk refuses it.
     pub fn store(state_dir: &Path, generation: Generation, left_to_do: Option<Step>) -> Result<()> {
-        let kept = Kept { format: FORMAT, generation, left_to_do };
-        write_durably(&state_dir.join(FILE), &serde_json::to_vec_pretty(&kept)?)
+        Kept::of(generation, left_to_do).write(state_dir)
+    }
+
+    fn of(generation: Generation, left_to_do: Option<Step>) -> Kept {
+        let survivor = matches!(left_to_do, Some(Step::Force { .. }));
+        Kept { format: FORMAT, generation, left_to_do, survivor }
+    }
+
+    fn write(&self, state_dir: &Path) -> Result<()> {
+        write_durably(&state_dir.join(FILE), &serde_json::to_vec_pretty(self)?)
     }
 
     /// Does what is left to do. Consensus must not run.
     ///
     /// # Errors
     /// The log is damaged, or a disk refuses something.
-    pub async fn settle(self, state_dir: &Path, consensus: &Path, me: NodeId) -> Result<Generation> {
+    pub async fn settle(mut self, state_dir: &Path, consensus: &Path, me: NodeId) -> Result<Kept> {
         let generation = self.generation;
-        match self.left_to_do {
-            None => return Ok(generation),
+        match self.left_to_do.take() {
+            None => return Ok(self),
             Some(Step::Force { proposal, leases_over_ms }) => {
                 tracing::warn!(%generation, leases_over_ms, "a quorum is forced here: waiting until no lease is out any more");
                 tokio::time::sleep(Duration::from_millis(leases_over_ms)).await;
@@ -117,8 +128,8 @@ impl Kept {
                 }
             }
         }
-        Kept::store(state_dir, generation, None)?;
-        Ok(generation)
+        self.write(state_dir)?;
+        Ok(self)
     }
 }
 

@@ -83,7 +83,8 @@ impl Agent {
         let config = &self.0.config;
         let me = identity.node;
         let directory = config.state_dir.join("consensus");
-        let generation = Kept::load(&config.state_dir)?.settle(&config.state_dir, &directory, me).await?;
+        let kept = Kept::load(&config.state_dir)?.settle(&config.state_dir, &directory, me).await?;
+        let generation = kept.generation;
         let allegiance = Arc::new(Allegiance::new(generation, config.state_dir.clone(), self.0.stop.clone()));
         let peers = Arc::new(Peers::new(identity.client_config()?, self.changes(), allegiance.clone()));
         let settings = Settings::new(me, directory);
@@ -92,7 +93,7 @@ impl Agent {
         let consensus = Consensus::start(settings, Arc::new(lane)).await?;
         // What it reads of earlier generations is not how things are.
         let mut state = consensus.state();
-        if state.borrow().generation != generation {
+        if !kept.survivor && state.borrow().generation != generation {
             consensus.only_listen(true);
             let reading = consensus.clone();
             tokio::spawn(async move {
