@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::SILENT_MS;
 use crate::lease::BootTime;
 use crate::model::*;
+use crate::observed::Attending;
 use crate::state::ClusterState;
 
 /// A pause between two acknowledgements that ends a continuous attendance, in
@@ -19,6 +20,9 @@ const GAP_MS: u64 = 1_000;
 /// For how long a participant that was away has to attend without a gap before it
 /// may get a vote again, in milliseconds: twice the lease of the default profile.
 const STEADY_MS: u64 = 3_000;
+/// The witness moves only to a node that acknowledged something so lately, in
+/// milliseconds: three heartbeats of the default profile.
+const LATELY_MS: u64 = 300;
 /// A participant that lacks more entries of the log than this gets no vote yet: the
 /// first agreement with it would wait for them.
 const BEHIND: u64 = 64;
@@ -100,6 +104,17 @@ impl Attendance {
     pub fn is_present(&self, id: NodeId, now: BootTime) -> bool {
         let heard = self.of.get(&id).and_then(|presence| presence.heard.acknowledged);
         heard.is_some_and(|at| now.ms_since(at) <= GAP_MS)
+    }
+
+    /// What the planner is told: who has been silent for long, and who is there for certain.
+    pub fn attending(&self, state: &ClusterState, coordinator: NodeId, now: BootTime) -> Attending {
+        let silent = |id: &NodeId| *id != coordinator && self.silent_ms(*id, now) > SILENT_MS;
+        let present = |id: &NodeId| self.is_present(*id, now) && self.silent_ms(*id, now) < LATELY_MS;
+        Attending {
+            coordinator,
+            silent: state.nodes.keys().copied().filter(silent).collect(),
+            present: state.nodes.keys().copied().filter(present).collect(),
+        }
     }
 
     /// How many entries of the log a participant lacks, where that is known.
@@ -200,6 +215,21 @@ mod tests {
         assert_eq!(hear(4_000, 5_100), (None, Some(Unfit::Unheard)), "it flaps");
         assert_eq!(hear(6_000, 6_000).1, Some(Unfit::Returned(0)), "and begins anew");
         assert_eq!(hear(9_000, 9_000), (None, None));
+    }
+
+    #[test]
+    fn the_planner_is_told_who_is_silent_and_who_is_there() {
+        let state = cluster(&["-"; 2], false);
+        let mut attendance = Attendance::new(at(0));
+        attendance.hear(&state, &heard(Some(1_000), Some(0)), at(1_000));
+        let told = |now| {
+            let attending = attendance.attending(&state, ME, at(now));
+            (attending.silent.contains(&OTHER), attending.present.contains(&OTHER))
+        };
+        assert_eq!(told(1_299), (false, true));
+        assert_eq!(told(1_300), (false, false), "three heartbeats are missing");
+        assert_eq!(told(1_001 + SILENT_MS), (true, false));
+        assert!(!attendance.attending(&state, ME, at(9_000)).silent.contains(&ME), "the coordinator hears itself");
     }
 
     #[test]

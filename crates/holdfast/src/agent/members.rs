@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use holdfast_consensus::Participants;
 use holdfast_core::lease::BootTime;
-use holdfast_core::quorum::{Attendance, SILENT_MS, Seats, Survey, seats, survey};
+use holdfast_core::quorum::{Attendance, Seats, Survey, seats, survey};
 use holdfast_core::*;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
@@ -18,9 +18,6 @@ use crate::realtime::boot_time;
 const EVERY: Duration = Duration::from_millis(250);
 /// How often a failed change of the members is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// The witness moves only to a node that acknowledged something so lately, in
-/// milliseconds: three heartbeats.
-const LATELY_MS: u64 = 300;
 /// What stands for the witness's address: whoever hosts it is asked.
 const WITNESS_ADDRESS: &str = "witness";
 
@@ -35,16 +32,9 @@ impl Roll {
         Roll(Mutex::new(Attendance::new(BootTime(0))))
     }
 
-    /// Who has acknowledged nothing for long.
+    /// Who is there, and who has acknowledged nothing for long.
     pub fn attending(&self, state: &ClusterState, coordinator: NodeId, now: BootTime) -> Attending {
-        let attendance = self.attendance();
-        let silent = |id: &NodeId| *id != coordinator && attendance.silent_ms(*id, now) > SILENT_MS;
-        let present = |id: &NodeId| attendance.is_present(*id, now) && attendance.silent_ms(*id, now) < LATELY_MS;
-        Attending {
-            coordinator,
-            silent: state.nodes.keys().copied().filter(silent).collect(),
-            present: state.nodes.keys().copied().filter(present).collect(),
-        }
+        self.attendance().attending(state, coordinator, now)
     }
 
     fn attendance(&self) -> MutexGuard<'_, Attendance> {

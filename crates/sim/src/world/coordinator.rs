@@ -5,10 +5,8 @@ use std::rc::Rc;
 
 use holdfast_core::check::check;
 use holdfast_core::lease::{BootTime, LeaseSlot, LeaseTiming};
-use holdfast_core::observed::Attending;
 use holdfast_core::plan::plan;
 use holdfast_core::quorum::Attendance;
-use holdfast_core::quorum::SILENT_MS;
 use holdfast_core::*;
 
 use super::World;
@@ -216,13 +214,7 @@ impl World {
         let settled = mine.granting.1.plus_ms(state.settings.longest_lease.lost_after_ms());
         observed.longer_leases_over = now >= settled;
         let me = self.node_of(host);
-        let silent = |id: &NodeId| *id != me && mine.attendance.silent_ms(*id, now) > SILENT_MS;
-        let present = |id: &NodeId| mine.attendance.is_present(*id, now);
-        observed.attendance = Some(Attending {
-            coordinator: me,
-            silent: state.nodes.keys().copied().filter(silent).collect(),
-            present: state.nodes.keys().copied().filter(present).collect(),
-        });
+        observed.attendance = Some(mine.attendance.attending(state, me, now));
         observed
     }
 
