@@ -44,8 +44,26 @@ impl Stage {
     /// # Errors
     /// When it cannot be formed: not root, or something is not installed.
     pub fn form(binary: &Path, profile: ProfileName) -> Result<Self> {
-        let mut spec = ClusterSpec::new(binary, root().join("out/guest"))?;
-        spec.profile = profile;
+        Stage::of(binary, profile, 3)
+    }
+
+    /// Forms a cluster of two nodes and a disk witness.
+    ///
+    /// # Errors
+    /// When it cannot be formed, or the witness does not come to vote.
+    pub fn pair(binary: &Path, profile: ProfileName) -> Result<Self> {
+        let stage = Stage::of(binary, profile, 2)?;
+        let disk = stage.cluster.on_volume("witness.disk");
+        stage.cluster.any()?.set_witness(&disk.to_string_lossy())?;
+        stage.cluster.wait("the witness's vote", PATIENCE, |client| {
+            client.witness().ok().filter(|witness| witness.votes && witness.healthy)
+        })?;
+        stage.settle()?;
+        Ok(stage)
+    }
+
+    fn of(binary: &Path, profile: ProfileName, nodes: usize) -> Result<Self> {
+        let spec = ClusterSpec { nodes, profile, ..ClusterSpec::new(binary, root().join("out/guest"))? };
         let cluster = Cluster::form(spec)?;
         let nodes = cluster.hosts().iter().map(|host| cluster.client(host.name())).collect();
         let events = Events::follow(nodes)?;

@@ -191,7 +191,10 @@ impl Pacemaker {
 
     fn move_vm(&self, to: &str) -> Result<String> {
         let begun = Instant::now();
-        run(&*self.any()?, &["crm_resource", "--resource", VM, "--move", "--node", to])?;
+        // While a host that came back is still asked what it runs, the resource seems to be in two places.
+        self.wait("the move to be accepted", PATIENCE, |peer| {
+            run(&*peer.any()?, &["crm_resource", "--resource", VM, "--move", "--node", to]).map(|_| true)
+        })?;
         let moved = self.watch.wait_started(self.uuid, begun, PATIENCE)?;
         ensure!(moved.host.as_deref() == Some(to), "the VM was moved to {:?}, not {to}", moved.host);
         run(&*self.any()?, &["crm_resource", "--resource", VM, "--clear"])?;
