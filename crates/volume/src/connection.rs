@@ -222,7 +222,7 @@ impl Connection {
     fn shake_hands(&mut self, rest: &[u8]) -> usize {
         let Phase::Handshake(handshake) = &mut self.phase else { return 0 };
         let mut out = Vec::new();
-        let (used, step) = handshake.take(&self.export.offer, rest, &mut out);
+        let (used, step) = handshake.take(&self.export.offer(), rest, &mut out);
         if !out.is_empty() {
             self.answers.push_back(Answer::Bytes(out));
         }

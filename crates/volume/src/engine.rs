@@ -1,42 +1,38 @@
 //! One thread that serves disks: sockets and storage through one queue.
 //!
 //! ```text
-//!  readable ─▶ requests ─▶ [fence] ─▶ storage ─▶ answers ─▶ socket
-//!                            └ parked until the node may write again
+//!  readable ─▶ requests ─▶ [fence] ─▶ [slab] ─▶ storage ─▶ answers ─▶ socket
+//!                            └──────────┴ parked until the node may write, or has one
 //! ```
 //! It never waits for one thing alone, allocates only for data on its way, and
 //! bounds what each client can have under way.
 
-use std::collections::VecDeque;
+mod work;
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::fcntl::FallocateFlags;
 use slab::Slab;
 
+use self::work::Active;
 use crate::buffer::{Buffer, Pool};
 use crate::connection::{Connection, Input};
 use crate::export::Export;
-use crate::nbd::{Command, Errno, Extent, Head, MAX_REQUEST_BYTES, Request};
-use crate::order::{Line, Order};
+use crate::nbd::Request;
+use crate::order::{Line, Order, Waker};
 use crate::ring::{Done, Io, Ring};
 
 /// What one read of a socket takes at most.
 const SCRATCH_BYTES: usize = 256 << 10;
-/// How often a closed fence is looked at while writes wait for it.
+/// How often requests that wait are looked at again, if nobody says so before.
 const PARKED_AGAIN: Duration = Duration::from_millis(5);
 /// After so long without anything to do, memory is for others.
 const AT_REST: Duration = Duration::from_secs(1);
-/// Extents in one answer.
-const MOST_EXTENTS: usize = 512;
-/// Zeroes that are written at once where the storage has no better way.
-const ZEROES_BYTES: u64 = 1 << 20;
-
 /// What an operation is for. Places are used again, so those that may be told of
 /// late carry a number that is not.
 #[derive(Clone, Copy, Debug)]
@@ -46,28 +42,6 @@ enum Token {
     Readable(usize, u64),
     Room(usize, u64),
     Request(usize),
-}
-
-/// A request that is being served.
-struct Active {
-    connection: usize,
-    request: Request,
-    doing: Doing,
-}
-
-/// What the storage does for a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Doing {
-    /// Moves its data, or flushes.
-    Itself,
-    /// Zeroes by giving the space back.
-    Punch,
-    /// Zeroes by marking the space.
-    Mark,
-    /// Zeroes by writing; so much is done.
-    Zeroes(u64),
-    /// Brings to stable storage what was changed.
-    Sync,
 }
 
 struct Listening {
@@ -89,8 +63,12 @@ pub(crate) struct Engine {
     connections: Slab<Connection>,
     serial: u64,
     active: Slab<Active>,
-    /// Writes that wait for the fence, oldest first.
-    parked: VecDeque<(usize, Option<Buffer>)>,
+    /// Requests that wait for something, oldest first, and when they are looked at again.
+    parked: Vec<usize>,
+    again: Instant,
+    /// Something is new for who waits.
+    rung: bool,
+    waker: Waker,
     withdrawing: Vec<(Arc<Export>, SyncSender<()>)>,
     /// Connections that have something to send or to end.
     touched: Vec<usize>,
@@ -104,6 +82,7 @@ impl Engine {
     pub(crate) fn new(me: usize, orders: Receiver<Order>, lines: Arc<[Line]>) -> io::Result<Engine> {
         let mut ring = Ring::new()?;
         ring.push(Token::Bell, Io::Readable(lines[me].bell.as_raw_fd()))?;
+        let waker = Waker::new(lines.clone(), me);
         Ok(Engine {
             ring,
             orders,
@@ -113,7 +92,10 @@ impl Engine {
             connections: Slab::new(),
             serial: 0,
             active: Slab::new(),
-            parked: VecDeque::new(),
+            parked: Vec::new(),
+            again: Instant::now(),
+            rung: false,
+            waker,
             withdrawing: Vec::new(),
             touched: Vec::new(),
             begun: Vec::new(),
@@ -140,7 +122,10 @@ impl Engine {
             if slept && self.active.is_empty() {
                 self.pool.clear();
             }
-            self.try_parked()?;
+            if !self.parked.is_empty() && (self.rung || Instant::now() >= self.again) {
+                self.try_parked()?;
+            }
+            self.rung = false;
             while let Some(at) = self.touched.pop() {
                 self.settle(at)?;
             }
@@ -153,6 +138,7 @@ impl Engine {
         match done.token {
             Token::Bell => {
                 let _ = self.lines[self.me].bell.read();
+                self.rung = true;
                 while let Ok(order) = self.orders.try_recv() {
                     self.obey(order)?;
                 }
@@ -233,18 +219,7 @@ impl Engine {
                 self.touched.push(at);
             }
         }
-        // What waits for the fence is not written any more.
-        let Engine { parked, active, connections, pool, .. } = self;
-        parked.retain_mut(|(at, buffer)| {
-            let connection = &mut connections[active[*at].connection];
-            if !connection.broken {
-                return true;
-            }
-            let gone = active.remove(*at);
-            connection.answer(&gone.request, Head::error(gone.request.cookie, false, Errno::Shutdown), None);
-            pool.put(buffer.take().unwrap_or_default());
-            false
-        });
+        self.abandon_parked();
     }
 
     fn tell_withdrawn(&mut self) {
@@ -311,232 +286,6 @@ impl Engine {
         Ok(())
     }
 
-    fn begin(&mut self, at: usize, request: Request, data: Option<Buffer>) -> io::Result<()> {
-        let connection = &mut self.connections[at];
-        if let Err(errno) = fits(&request, data.is_some(), &connection.export) {
-            self.pool.put(data.unwrap_or_default());
-            self.fail(at, &request, errno);
-            return Ok(());
-        }
-        let export = connection.export.clone();
-        let file = export.file.clone();
-        let mut start = |doing| self.active.insert(Active { connection: at, request, doing });
-        match request.command {
-            Command::Read => {
-                let token = start(Doing::Itself);
-                let buffer = self.pool.get(request.length as usize);
-                self.storage(token, Io::Read { file, buffer, skip: 0, at: request.offset })
-            }
-            Command::Flush => {
-                let token = start(Doing::Itself);
-                self.storage(token, Io::Sync { file })
-            }
-            Command::Write { .. } | Command::Trim { .. } | Command::Zero { .. } => {
-                let active = start(match request.command {
-                    Command::Write { .. } => Doing::Itself,
-                    Command::Zero { may_free: false, .. } => Doing::Mark,
-                    _ => Doing::Punch,
-                });
-                self.write(active, data)
-            }
-            Command::Status { one } => {
-                let most = if one { 1 } else { MOST_EXTENTS };
-                let connection = &mut self.connections[at];
-                match (export.extents(request.offset, request.length, most), connection.agreed().allocation) {
-                    (Ok(extents), Some(context)) => {
-                        let head = Head::status(request.cookie, context, extents.len());
-                        let bytes = extents.into_iter().flat_map(Extent::encode).collect();
-                        connection.answer_with(&request, head, bytes);
-                    }
-                    (Err(error), _) => self.fail(at, &request, Errno::of(&error)),
-                    (_, None) => self.fail(at, &request, Errno::Invalid),
-                }
-                Ok(())
-            }
-            Command::Disconnect => {
-                connection.over = true;
-                connection.requests -= 1;
-                Ok(())
-            }
-            Command::Unknown(_) => {
-                self.fail(at, &request, Errno::Invalid);
-                Ok(())
-            }
-        }
-    }
-
-    fn fail(&mut self, at: usize, request: &Request, errno: Errno) {
-        let connection = &mut self.connections[at];
-        let head = Head::error(request.cookie, connection.agreed().structured, errno);
-        connection.answer(request, head, None);
-        self.touched.push(at);
-    }
-
-    /// Submits something that changes the disk, unless the node may not.
-    fn write(&mut self, at: usize, data: Option<Buffer>) -> io::Result<()> {
-        let export = &self.connections[self.active[at].connection].export;
-        if !self.parked.is_empty() || !export.fence.may_write() {
-            self.parked.push_back((at, data));
-            return Ok(());
-        }
-        self.submit_write(at, data)
-    }
-
-    fn submit_write(&mut self, at: usize, data: Option<Buffer>) -> io::Result<()> {
-        let Active { request, doing, connection } = self.active[at];
-        let file = self.connections[connection].export.file.clone();
-        let (offset, length) = (request.offset, u64::from(request.length));
-        let io = match (request.command, doing) {
-            (Command::Write { fua }, _) => {
-                let buffer = data.unwrap_or_default();
-                Io::Write { file, buffer, skip: 0, at: offset, durable: fua }
-            }
-            (_, Doing::Sync | Doing::Itself) => Io::Sync { file },
-            (_, Doing::Punch) => {
-                let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                Io::Allocate { file, mode: mode.bits(), at: offset, length }
-            }
-            (_, Doing::Mark) => {
-                let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                Io::Allocate { file, mode: mode.bits(), at: offset, length }
-            }
-            (_, Doing::Zeroes(done)) => {
-                let mut buffer = self.pool.get((length - done).min(ZEROES_BYTES) as usize);
-                buffer.bytes_mut().fill(0);
-                Io::Write { file, buffer, skip: 0, at: offset + done, durable: false }
-            }
-        };
-        self.storage(at, io)
-    }
-
-    fn storage(&mut self, at: usize, io: Io) -> io::Result<()> {
-        self.ring.push(Token::Request(at), io).map(drop)
-    }
-
-    fn try_parked(&mut self) -> io::Result<()> {
-        while let Some((at, _)) = self.parked.front() {
-            let export = &self.connections[self.active[*at].connection].export;
-            if !export.fence.may_write() {
-                return Ok(());
-            }
-            if let Some((at, data)) = self.parked.pop_front() {
-                self.submit_write(at, data)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The storage has done a part of a request.
-    fn stored(&mut self, at: usize, io: Io, outcome: io::Result<u32>) -> io::Result<()> {
-        let again = |error: &io::Error| matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock);
-        let Active { request, doing, connection } = self.active[at];
-        match (io, outcome) {
-            (Io::Write { buffer, .. }, Err(error)) if again(&error) => self.write_again(at, buffer),
-            (Io::Allocate { .. }, Err(error)) if again(&error) => self.write(at, None),
-            (io, Err(error)) if again(&error) => self.storage(at, io),
-            (Io::Read { file, mut buffer, skip, at: from }, Ok(count)) => {
-                let skip = skip + count as usize;
-                if count == 0 {
-                    // Past the end of a file that is shorter than its disk.
-                    buffer.bytes_mut()[skip..].fill(0);
-                } else if skip < buffer.bytes().len() {
-                    return self.storage(at, Io::Read { file, buffer, skip, at: from + u64::from(count) });
-                }
-                let structured = self.connections[connection].agreed().structured;
-                let head = Head::data(request.cookie, structured, request.offset, request.length);
-                self.finish(at, head, Some(buffer));
-                Ok(())
-            }
-            (Io::Write { buffer, .. }, Ok(0)) => {
-                self.pool.put(buffer);
-                self.failed(at, Errno::Io)
-            }
-            (Io::Write { file, buffer, skip, at: from, durable }, Ok(count)) => {
-                let skip = skip + count as usize;
-                if skip < buffer.bytes().len() {
-                    return match self.connections[connection].export.fence.may_write() {
-                        true => {
-                            self.storage(at, Io::Write { file, buffer, skip, at: from + u64::from(count), durable })
-                        }
-                        // From its beginning: the same bytes go to the same place.
-                        false => self.write_again(at, buffer),
-                    };
-                }
-                let written = buffer.bytes().len() as u64;
-                self.pool.put(buffer);
-                match doing {
-                    Doing::Zeroes(done) if done + written < u64::from(request.length) => {
-                        self.do_now(at, Doing::Zeroes(done + written))
-                    }
-                    Doing::Zeroes(_) => self.changed(at),
-                    _ => self.succeeded(at),
-                }
-            }
-            (Io::Allocate { .. }, Ok(_)) => self.changed(at),
-            (Io::Allocate { .. }, Err(error)) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
-                match (request.command, doing) {
-                    // It was only a hint.
-                    (Command::Trim { .. }, _) => self.succeeded(at),
-                    (_, Doing::Punch) => self.do_now(at, Doing::Mark),
-                    (Command::Zero { fast: true, .. }, _) => self.failed(at, Errno::NotSupported),
-                    _ => self.do_now(at, Doing::Zeroes(0)),
-                }
-            }
-            (Io::Write { buffer, .. } | Io::Read { buffer, .. }, Err(error)) => {
-                self.pool.put(buffer);
-                self.failed(at, Errno::of(&error))
-            }
-            (_, Err(error)) => self.failed(at, Errno::of(&error)),
-            (_, Ok(_)) => self.succeeded(at),
-        }
-    }
-
-    /// Writes the same again, when the node may.
-    fn write_again(&mut self, at: usize, buffer: Buffer) -> io::Result<()> {
-        match self.active[at].doing {
-            Doing::Itself => self.write(at, Some(buffer)),
-            _ => {
-                self.pool.put(buffer);
-                self.write(at, None)
-            }
-        }
-    }
-
-    fn do_now(&mut self, at: usize, doing: Doing) -> io::Result<()> {
-        self.active[at].doing = doing;
-        self.write(at, None)
-    }
-
-    /// The contents are as wished; perhaps they have to be on stable storage too.
-    fn changed(&mut self, at: usize) -> io::Result<()> {
-        match self.active[at].request.command {
-            Command::Trim { fua: true } | Command::Zero { fua: true, .. } => self.do_now(at, Doing::Sync),
-            _ => self.succeeded(at),
-        }
-    }
-
-    fn succeeded(&mut self, at: usize) -> io::Result<()> {
-        let Active { request, connection, .. } = self.active[at];
-        let head = Head::done(request.cookie, self.connections[connection].agreed().structured);
-        self.finish(at, head, None);
-        Ok(())
-    }
-
-    fn failed(&mut self, at: usize, errno: Errno) -> io::Result<()> {
-        let Active { request, connection, .. } = self.active[at];
-        let disk = &self.connections[connection].export.offer.name;
-        tracing::warn!(disk, offset = request.offset, length = request.length, ?errno, "a request failed");
-        let head = Head::error(request.cookie, self.connections[connection].agreed().structured, errno);
-        self.finish(at, head, None);
-        Ok(())
-    }
-
-    fn finish(&mut self, at: usize, head: Head, data: Option<Buffer>) {
-        let Active { request, connection, .. } = self.active.remove(at);
-        self.connections[connection].answer(&request, head, data);
-        self.touched.push(connection);
-    }
-
     /// Sends what is to be sent, reads on where that was put off, ends what is over.
     fn settle(&mut self, at: usize) -> io::Result<()> {
         let Some(connection) = self.connections.get_mut(at) else { return Ok(()) };
@@ -556,29 +305,5 @@ impl Engine {
             self.read(at)?;
         }
         Ok(())
-    }
-}
-
-/// Whether a request makes sense for a disk.
-fn fits(request: &Request, has_data: bool, export: &Export) -> Result<(), Errno> {
-    let offer = &export.offer;
-    let (offset, length) = (request.offset, u64::from(request.length));
-    let aligned = (offset | length).is_multiple_of(u64::from(offer.block));
-    let inside = offset.checked_add(length).is_some_and(|end| end <= offer.size);
-    match request.command {
-        Command::Read | Command::Write { .. } if length > u64::from(MAX_REQUEST_BYTES) => Err(Errno::Invalid),
-        Command::Write { .. } | Command::Trim { .. } | Command::Zero { .. } if offer.read_only => {
-            Err(Errno::Permission)
-        }
-        Command::Write { .. } if !has_data => Err(Errno::Invalid),
-        Command::Write { .. } | Command::Zero { .. } if !inside => Err(Errno::NoSpace),
-        Command::Read | Command::Trim { .. } | Command::Status { .. } if !inside => Err(Errno::Invalid),
-        Command::Read | Command::Write { .. } | Command::Trim { .. } | Command::Zero { .. }
-            if length == 0 || !aligned =>
-        {
-            Err(Errno::Invalid)
-        }
-        Command::Status { .. } if length == 0 => Err(Errno::Invalid),
-        _ => Ok(()),
     }
 }

@@ -5,12 +5,16 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::unistd::Whence;
 
 use crate::buffer::{ALIGNMENT, Pool};
+use crate::device::Lun;
+use crate::lun::Geometry;
 use crate::nbd::{Extent, Offer};
+use crate::parts::{Allocator, Parts, Place};
+use crate::tally::Tally;
 
 /// Says whether writes may be submitted right now. Asked before each one, by the
 /// threads that do I/O: it must neither block nor take long.
@@ -71,19 +75,47 @@ pub enum OpenError {
     },
 }
 
+/// How a disk on a LUN is opened.
+pub struct LunDisk {
+    /// Its name in the protocol.
+    pub name: String,
+    /// The LUN.
+    pub lun: Lun,
+    /// Where things are on it.
+    pub geometry: Geometry,
+    /// Size of the disk in bytes.
+    pub bytes: u64,
+    /// It is not to be written to.
+    pub read_only: bool,
+    /// Its parts that have slabs (the first number), and which (the second).
+    pub parts: Vec<(u32, u32)>,
+}
+
 /// A disk that is open.
 pub struct Export {
     pub(crate) offer: Offer,
-    pub(crate) file: Arc<File>,
     pub(crate) fence: Arc<dyn Fence>,
     /// Nobody is let in any more.
     pub(crate) withdrawn: AtomicBool,
-    /// Holes can be asked for.
-    sparse: bool,
+    pub(crate) tally: Tally,
+    /// In bytes; it may grow.
+    size: AtomicU64,
+    backing: Backing,
+}
+
+/// What a disk is made of.
+enum Backing {
+    File {
+        file: Arc<File>,
+        /// Holes can be asked for.
+        sparse: bool,
+    },
+    Lun(Arc<Parts>),
 }
 
 impl Export {
-    /// Opens a disk, past the page cache where the file system allows it.
+    /// Opens a disk that is a file or a device of its own, past the page cache where
+    /// the file system allows it.
     ///
     /// # Errors
     /// [`OpenError`] says what it is instead.
@@ -95,8 +127,7 @@ impl Export {
             return Err(OpenError::Kind { path: path.clone() });
         }
         let (file, block) = open(path, !spec.read_only).map_err(failed)?;
-        let size = nix::unistd::lseek(&file, 0, Whence::SeekEnd).map_err(|errno| failed(errno.into()))?;
-        let size = u64::try_from(size).unwrap_or(0);
+        let size = end(&file).map_err(failed)?;
         if size == 0 || !size.is_multiple_of(512) {
             return Err(OpenError::Size { path: path.clone(), bytes: size });
         }
@@ -106,45 +137,149 @@ impl Export {
         } else {
             (cached(path, !spec.read_only).map_err(failed)?, 512)
         };
-        let offer =
-            Offer { name: spec.name.clone(), size, read_only: spec.read_only, block, preferred: ALIGNMENT as u32 };
-        Ok(Export { offer, file: Arc::new(file), fence, withdrawn: AtomicBool::new(false), sparse: kind.is_file() })
+        let backing = Backing::File { file: Arc::new(file), sparse: kind.is_file() };
+        Ok(Export::of(spec.name.clone(), size, spec.read_only, block, fence, backing))
+    }
+
+    /// Opens a disk that is made of slabs of a LUN. Those that it does not have yet
+    /// come from `allocator`.
+    ///
+    /// # Errors
+    /// [`OpenError::Size`]: a size that no disk has, or a part or slab that is not there.
+    pub fn on_lun(disk: LunDisk, allocator: Arc<dyn Allocator>, fence: Arc<dyn Fence>) -> Result<Export, OpenError> {
+        let LunDisk { name, lun, geometry, bytes, read_only, parts } = disk;
+        let block = lun.block;
+        let count = bytes.div_ceil(geometry.slab_bytes);
+        let inside = |(part, slab): &(u32, u32)| u64::from(*part) < count && *slab < geometry.slabs;
+        let sound = bytes > 0 && bytes.is_multiple_of(u64::from(block)) && count < u64::from(u32::MAX);
+        if !sound || geometry.end() > lun.bytes() || !parts.iter().all(inside) {
+            return Err(OpenError::Size { path: lun.path().into(), bytes });
+        }
+        let backing = Backing::Lun(Arc::new(Parts::new(lun, geometry, bytes, &parts, allocator)));
+        Ok(Export::of(name, bytes, read_only, block, fence, backing))
+    }
+
+    fn of(name: String, size: u64, read_only: bool, block: u32, fence: Arc<dyn Fence>, backing: Backing) -> Export {
+        Export {
+            offer: Offer { name, size, read_only, block, preferred: ALIGNMENT as u32 },
+            fence,
+            withdrawn: AtomicBool::new(false),
+            tally: Tally::default(),
+            size: AtomicU64::new(size),
+            backing,
+        }
     }
 
     /// Its size in bytes.
     pub fn size_bytes(&self) -> u64 {
-        self.offer.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// What a client is offered now.
+    pub(crate) fn offer(&self) -> Offer {
+        Offer { size: self.size_bytes(), ..self.offer.clone() }
+    }
+
+    /// Grows to a size in bytes, which a file or device has to have already.
+    pub(crate) fn grow(&self, bytes: u64) -> io::Result<()> {
+        let wrong = |text: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        if !bytes.is_multiple_of(u64::from(self.offer.block)) || bytes < self.size_bytes() {
+            return wrong("a disk grows, to a multiple of its block size");
+        }
+        match &self.backing {
+            Backing::File { file, .. } if end(file)? < bytes => {
+                return wrong("the file is smaller than its disk is to be");
+            }
+            Backing::File { .. } => {}
+            Backing::Lun(parts) => parts.grow(bytes),
+        }
+        self.size.fetch_max(bytes, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// The file or device that its bytes are in.
+    pub(crate) fn file(&self) -> &Arc<File> {
+        match &self.backing {
+            Backing::File { file, .. } => file,
+            Backing::Lun(parts) => &parts.lun.file,
+        }
+    }
+
+    /// Its parts, where it is on a LUN.
+    pub(crate) fn parts(&self) -> Option<&Arc<Parts>> {
+        match &self.backing {
+            Backing::File { .. } => None,
+            Backing::Lun(parts) => Some(parts),
+        }
+    }
+
+    /// Where `length` bytes from `offset` on begin, how many of them are together
+    /// there, and in which part: that part has been entered if it is present.
+    pub(crate) fn place(&self, offset: u64, length: u64) -> (Place, u64, Option<u32>) {
+        match &self.backing {
+            Backing::File { .. } => (Place::At(offset), length, None),
+            Backing::Lun(parts) => {
+                let (part, rest) = parts.part_of(offset);
+                (parts.enter(offset), length.min(rest), Some(part))
+            }
+        }
     }
 
     /// What is allocated from `offset` on, for `length` bytes, in at most `most` runs.
     pub(crate) fn extents(&self, offset: u64, length: u32, most: usize) -> io::Result<Vec<Extent>> {
-        if !self.sparse {
-            return Ok(vec![Extent { length, hole: false }]);
+        match &self.backing {
+            Backing::File { sparse: false, .. } => Ok(vec![Extent { length, hole: false }]),
+            Backing::File { file, sparse: true } => holes(file, offset, length, most),
+            Backing::Lun(parts) => {
+                let (mut at, end) = (offset, offset + u64::from(length));
+                let mut extents = Vec::<Extent>::new();
+                while at < end {
+                    let (part, rest) = parts.part_of(at);
+                    let (length, hole) = (rest.min(end - at), !parts.is_present(part));
+                    let room = extents.len() < most;
+                    match extents.last_mut() {
+                        Some(last) if last.hole == hole => last.length += length as u32,
+                        _ if room => extents.push(Extent { length: length as u32, hole }),
+                        _ => break,
+                    }
+                    at += length;
+                }
+                Ok(extents)
+            }
         }
-        let seek = |at: u64, whence| match nix::unistd::lseek(&*self.file, at as i64, whence) {
-            Ok(found) => Ok(Some(found as u64)),
-            // Nothing of the kind up to the end.
-            Err(nix::errno::Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(io::Error::from(errno)),
-        };
-        let end = offset + u64::from(length);
-        let (mut at, mut extents) = (offset, Vec::new());
-        while at < end && extents.len() < most {
-            let data = seek(at, Whence::SeekData)?.unwrap_or(end).min(end);
-            let (hole, until) = if data > at {
-                (true, data)
-            } else {
-                (false, seek(at, Whence::SeekHole)?.unwrap_or(end).clamp(at + 1, end))
-            };
-            extents.push(Extent { length: (until - at) as u32, hole });
-            at = until;
-        }
-        Ok(extents)
     }
 }
 
+/// The holes of a file and what is between them.
+fn holes(file: &File, offset: u64, length: u32, most: usize) -> io::Result<Vec<Extent>> {
+    let seek = |at: u64, whence| match nix::unistd::lseek(file, at as i64, whence) {
+        Ok(found) => Ok(Some(found as u64)),
+        // Nothing of the kind up to the end.
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
+        Err(errno) => Err(io::Error::from(errno)),
+    };
+    let end = offset + u64::from(length);
+    let (mut at, mut extents) = (offset, Vec::new());
+    while at < end && extents.len() < most {
+        let data = seek(at, Whence::SeekData)?.unwrap_or(end).min(end);
+        let (hole, until) = if data > at {
+            (true, data)
+        } else {
+            (false, seek(at, Whence::SeekHole)?.unwrap_or(end).clamp(at + 1, end))
+        };
+        extents.push(Extent { length: (until - at) as u32, hole });
+        at = until;
+    }
+    Ok(extents)
+}
+
+/// Size of a file or device in bytes.
+pub(crate) fn end(file: &File) -> io::Result<u64> {
+    Ok(u64::try_from(nix::unistd::lseek(file, 0, Whence::SeekEnd)?).unwrap_or(0))
+}
+
 /// Opens past the page cache if possible, and says which block size that asks for.
-fn open(path: &Path, write: bool) -> io::Result<(File, u32)> {
+pub(crate) fn open(path: &Path, write: bool) -> io::Result<(File, u32)> {
     let direct = OpenOptions::new().read(true).write(write).custom_flags(nix::libc::O_DIRECT).open(path);
     match direct {
         Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => Ok((cached(path, write)?, 512)),

@@ -3,6 +3,10 @@
 //! ```text
 //!  guest ─ QEMU ─ NBD over a unix socket ─ [Server] ─ io_uring, O_DIRECT ─ storage
 //! ```
+//! A disk is a file or a device ([`Export::open`]), or a list of slabs of a [`Lun`]
+//! that many disks share ([`Export::on_lun`]), in which case slabs come from an
+//! [`Allocator`] when they are first written to, and go back when they are discarded.
+//!
 //! The only crate that does I/O for guests. It submits no write while its
 //! [`Fence`] is closed: what comes then waits, and QEMU sees a slow request.
 //!
@@ -13,13 +17,19 @@
 
 mod buffer;
 mod connection;
+mod device;
 mod engine;
 mod export;
 pub mod lun;
 pub mod nbd;
 mod order;
+mod parts;
 mod ring;
 mod server;
+mod tally;
 
-pub use export::{DiskSpec, Export, Fence, Open, OpenError};
+pub use device::Lun;
+pub use export::{DiskSpec, Export, Fence, LunDisk, Open, OpenError};
+pub use parts::{Allocator, Grant, Refusal, Release, Wanted};
 pub use server::Server;
+pub use tally::Counters;

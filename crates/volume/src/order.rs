@@ -46,3 +46,26 @@ impl Line {
         }
     }
 }
+
+/// Wakes a thread that something changed for.
+#[derive(Clone)]
+pub(crate) struct Waker {
+    lines: Arc<[Line]>,
+    thread: usize,
+}
+
+impl Waker {
+    pub(crate) fn new(lines: Arc<[Line]>, thread: usize) -> Waker {
+        Waker { lines, thread }
+    }
+
+    pub(crate) fn wake(&self) {
+        let _ = self.lines[self.thread].bell.write(1);
+    }
+}
+
+impl PartialEq for Waker {
+    fn eq(&self, other: &Waker) -> bool {
+        self.thread == other.thread && Arc::ptr_eq(&self.lines, &other.lines)
+    }
+}

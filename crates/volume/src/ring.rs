@@ -25,25 +25,29 @@ const COUNTED: u32 = u32::MAX >> 1;
 /// One operation and what it needs.
 #[derive(Debug)]
 pub enum Io {
-    /// Fills a buffer from `skip` on.
+    /// Fills `length` bytes of a buffer from `skip` on.
     Read {
         /// From here.
         file: Arc<File>,
         /// Into this.
         buffer: Buffer,
-        /// So many of its bytes are filled already.
+        /// So many of its bytes are left as they are.
         skip: usize,
+        /// So many are filled.
+        length: usize,
         /// Position in the file of the first byte to read.
         at: u64,
     },
-    /// Writes a buffer from `skip` on.
+    /// Writes `length` bytes of a buffer from `skip` on.
     Write {
         /// To here.
         file: Arc<File>,
         /// From this.
         buffer: Buffer,
-        /// So many of its bytes are written already.
+        /// So many of its bytes are passed over.
         skip: usize,
+        /// So many are written.
+        length: usize,
         /// Position in the file of the first byte to write.
         at: u64,
         /// It is on stable storage when it is done.
@@ -202,12 +206,12 @@ fn retried(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
 
 fn entry(io: &mut Io) -> squeue::Entry {
     match io {
-        Io::Read { file, buffer, skip, at } => {
-            let bytes = &mut buffer.bytes_mut()[*skip..];
+        Io::Read { file, buffer, skip, length, at } => {
+            let bytes = &mut buffer.bytes_mut()[*skip..][..*length];
             opcode::Read::new(Fd(file.as_raw_fd()), bytes.as_mut_ptr(), bytes.len() as u32).offset(*at).build()
         }
-        Io::Write { file, buffer, skip, at, durable } => {
-            let bytes = &buffer.bytes()[*skip..];
+        Io::Write { file, buffer, skip, length, at, durable } => {
+            let bytes = &buffer.bytes()[*skip..][..*length];
             let flags = if *durable { nix::libc::RWF_DSYNC } else { 0 };
             opcode::Write::new(Fd(file.as_raw_fd()), bytes.as_ptr(), bytes.len() as u32)
                 .offset(*at)
@@ -274,11 +278,11 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let mut buffer = pool.get(8192);
         buffer.bytes_mut().fill(7);
-        ring.push(1, Io::Write { file: file.clone(), buffer, skip: 0, at: 4096, durable: true }).unwrap();
+        ring.push(1, Io::Write { file: file.clone(), buffer, skip: 0, length: 8192, at: 4096, durable: true }).unwrap();
         assert_eq!(done(&mut ring).outcome.unwrap(), 8192);
         ring.push(2, Io::Sync { file: file.clone() }).unwrap();
         assert!(done(&mut ring).outcome.is_ok());
-        ring.push(3, Io::Read { file, buffer: pool.get(12288), skip: 0, at: 0 }).unwrap();
+        ring.push(3, Io::Read { file, buffer: pool.get(12288), skip: 0, length: 12288, at: 0 }).unwrap();
         let read = done(&mut ring);
         assert_eq!((read.token, read.outcome.unwrap()), (3, 12288));
         let Some(Io::Read { buffer, .. }) = read.io else { panic!("the buffer comes back") };

@@ -14,6 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::engine::Engine;
 use crate::export::Export;
 use crate::order::{Line, Order};
+use crate::tally::Counters;
 
 /// Orders that a thread has not read yet.
 const QUEUE: usize = 256;
@@ -80,6 +81,21 @@ impl Server {
         }
         let until = std::time::Instant::now() + patience;
         self.lines.iter().all(|_| told.recv_timeout(until.saturating_duration_since(std::time::Instant::now())).is_ok())
+    }
+
+    /// Lets a disk grow to a size in bytes. Who connects from now on sees the new size;
+    /// who is connected already may use it.
+    ///
+    /// # Errors
+    /// There is no such disk, it would shrink, or the file behind it is smaller.
+    pub fn resize(&self, id: u64, bytes: u64) -> io::Result<()> {
+        let export = self.served().get(&id).map(|(_, export)| export.clone());
+        export.ok_or(io::ErrorKind::NotFound)?.grow(bytes)
+    }
+
+    /// What a disk has done, and what it waits for; `None` if it is not served.
+    pub fn counters(&self, id: u64) -> Option<Counters> {
+        self.served().get(&id).map(|(_, export)| export.tally.counters())
     }
 
     fn served(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (usize, Arc<Export>)>> {

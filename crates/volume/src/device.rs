@@ -1,0 +1,175 @@
+//! A LUN as this process has it open.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::buffer::Pool;
+use crate::export::{OpenError, end, open};
+use crate::lun::Device;
+
+/// What one read or write of zeroes or of a description moves at most, in bytes.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// A block device, or a file in its place, that holds a volume. Clones are the same
+/// open device; a process has one for each LUN.
+#[derive(Clone, Debug)]
+pub struct Lun {
+    pub(crate) file: Arc<File>,
+    pub(crate) block: u32,
+    path: PathBuf,
+    bytes: u64,
+    pool: Arc<Mutex<Pool>>,
+}
+
+impl Lun {
+    /// Opens it for reading and writing, past the page cache where that can be.
+    ///
+    /// # Errors
+    /// [`OpenError`] says what it is instead.
+    pub fn open(path: &Path) -> Result<Lun, OpenError> {
+        let failed = |source| OpenError::Io { path: path.into(), source };
+        let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(OpenError::Kind { path: path.into() });
+        }
+        let (file, block) = open(path, true).map_err(failed)?;
+        let bytes = end(&file).map_err(failed)?;
+        Ok(Lun { file: Arc::new(file), block, path: path.into(), bytes, pool: Arc::default() })
+    }
+
+    /// The device or file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its size in bytes when it was opened.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Makes a range read as zero, on stable storage. Takes as long as the device
+    /// needs: where it cannot do this by itself, zeroes are written.
+    ///
+    /// # Errors
+    /// The system's; some of the range may have been zeroed.
+    pub fn wipe(&self, at: u64, bytes: u64) -> io::Result<()> {
+        let ways = [FallocateFlags::FALLOC_FL_ZERO_RANGE, FallocateFlags::FALLOC_FL_PUNCH_HOLE];
+        if !ways.into_iter().any(|way| self.allocate(way, at, bytes).is_ok()) {
+            let zeroes = self.buffer(PIECE_BYTES);
+            let mut done = 0;
+            while done < bytes {
+                let length = (bytes - done).min(PIECE_BYTES as u64);
+                self.file.write_all_at(&zeroes.bytes()[..length as usize], at + done)?;
+                done += length;
+            }
+        }
+        self.file.sync_data()
+    }
+
+    /// Tells the device that what is in a range is not needed any more; what it reads
+    /// as afterwards is not known. A device that cannot be told is no error.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn discard(&self, at: u64, bytes: u64) -> io::Result<()> {
+        match self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, bytes) {
+            Err(Errno::EOPNOTSUPP) | Ok(()) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn allocate(&self, way: FallocateFlags, at: u64, bytes: u64) -> nix::Result<()> {
+        let offset = |bytes: u64| i64::try_from(bytes).map_err(|_| Errno::EINVAL);
+        loop {
+            match fallocate(&*self.file, way | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset(at)?, offset(bytes)?) {
+                Err(Errno::EINTR) => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Zeroed memory that the device can read from and write to.
+    fn buffer(&self, length: usize) -> crate::buffer::Buffer {
+        let mut buffer = self.pool.lock().unwrap_or_else(PoisonError::into_inner).get(length);
+        buffer.bytes_mut().fill(0);
+        buffer
+    }
+
+    fn put(&self, buffer: crate::buffer::Buffer) {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner).put(buffer);
+    }
+}
+
+impl Device for Lun {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.bytes)
+    }
+
+    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        let mut buffer = self.buffer(into.len().min(PIECE_BYTES));
+        let mut from = at;
+        for piece in into.chunks_mut(PIECE_BYTES) {
+            let bytes = &mut buffer.bytes_mut()[..piece.len()];
+            self.file.read_exact_at(bytes, from)?;
+            piece.copy_from_slice(bytes);
+            from += piece.len() as u64;
+        }
+        self.put(buffer);
+        Ok(())
+    }
+
+    fn write(&self, at: u64, from: &[u8]) -> io::Result<()> {
+        let mut buffer = self.buffer(from.len().min(PIECE_BYTES));
+        let mut to = at;
+        for piece in from.chunks(PIECE_BYTES) {
+            let bytes = &mut buffer.bytes_mut()[..piece.len()];
+            bytes.copy_from_slice(piece);
+            self.file.write_all_at(bytes, to)?;
+            to += piece.len() as u64;
+        }
+        self.put(buffer);
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lun::PAGE_BYTES;
+
+    #[test]
+    fn what_is_wiped_reads_as_zero_and_the_rest_stays() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("lun");
+        std::fs::write(&path, vec![7; 4 << 20]).unwrap();
+        let lun = Lun::open(&path).unwrap();
+        lun.wipe(1 << 20, 2 << 20).unwrap();
+        lun.write(0, &[9; PAGE_BYTES]).unwrap();
+        lun.flush().unwrap();
+        let mut bytes = vec![1; 4 << 20];
+        lun.read(0, &mut bytes).unwrap();
+        let expected = |at: usize| match at {
+            0..PAGE_BYTES => 9,
+            _ if (1 << 20..3 << 20).contains(&at) => 0,
+            _ => 7,
+        };
+        assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
+        lun.discard(0, 1 << 20).unwrap();
+    }
+
+    #[test]
+    fn only_files_and_devices_are_luns() {
+        assert!(matches!(Lun::open(Path::new("/")), Err(OpenError::Kind { .. })));
+        assert!(matches!(Lun::open(Path::new("/nowhere/lun")), Err(OpenError::Io { .. })));
+    }
+}
