@@ -193,6 +193,26 @@ impl Parts {
         }
     }
 
+    /// Learns of parts that have got their slabs elsewhere; `false` if one cannot be, or
+    /// is known to be somewhere else.
+    pub(crate) fn add(&self, slabs: &[(u32, u32)]) -> bool {
+        let mut asking = self.asking();
+        let words = self.words();
+        let mut all = true;
+        for (part, slab) in slabs {
+            let word = words.get(*part as usize).filter(|_| *slab < self.geometry.slabs);
+            let added = word.and_then(|word| {
+                let known = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
+                    matches!(word & STATE, ABSENT | ASKED).then_some(PRESENT | u64::from(*slab))
+                });
+                known.map_or_else(|word| (word & STATE == PRESENT && word as u32 == *slab).then_some(()), |_| Some(()))
+            });
+            all &= added.is_some();
+        }
+        wake(&mut asking);
+        all
+    }
+
     /// The part that a byte is in, and how many bytes of it are from there on.
     pub(crate) fn part_of(&self, offset: u64) -> (u32, u64) {
         let slab_bytes = self.geometry.slab_bytes;

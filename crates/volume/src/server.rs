@@ -93,6 +93,16 @@ impl Server {
         export.ok_or(io::ErrorKind::NotFound)?.grow(bytes)
     }
 
+    /// Tells a disk on a LUN of parts (the first number) that another node has mapped to
+    /// slabs (the second) since it was opened here, as happens before a VM arrives.
+    /// What [`Grant::give`](crate::Grant::give) asks of slabs holds for these too. When
+    /// it returns they are there. `false`: there is no such disk or part, or it is
+    /// known to have another slab.
+    pub fn add_parts(&self, id: u64, parts: &[(u32, u32)]) -> bool {
+        let export = self.served().get(&id).map(|(_, export)| export.clone());
+        export.is_some_and(|export| export.parts().is_some_and(|known| known.add(parts)))
+    }
+
     /// What a disk has done, and what it waits for; `None` if it is not served.
     pub fn counters(&self, id: u64) -> Option<Counters> {
         self.served().get(&id).map(|(_, export)| export.tally.counters())

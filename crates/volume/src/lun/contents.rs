@@ -299,6 +299,11 @@ impl LunFile {
         self.slabs.len() as u32
     }
 
+    /// Its parts that have slabs, and which.
+    pub fn parts(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.slabs.iter().map(|(part, slab)| (*part, *slab))
+    }
+
     /// The slab of its last part that has one.
     pub fn last_slab(&self) -> Option<u32> {
         self.slabs.last_key_value().map(|(_, slab)| *slab)

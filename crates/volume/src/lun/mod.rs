@@ -10,8 +10,10 @@
 //! volume's owner, writes the description; whoever knows its newest state writes
 //! the slabs of the files that it has a right to.
 //!
-//! Everything here is pure but for [`Device`], so that tests can crash it anywhere.
+//! Everything here is pure but for [`Device`], so that tests can crash it anywhere, and
+//! for [`Alone`].
 
+mod alone;
 mod contents;
 mod frame;
 mod geometry;
@@ -19,6 +21,7 @@ mod op;
 mod store;
 mod superblock;
 
+pub use alone::{Alone, AloneError};
 pub use contents::{Contents, FileId, LunFile, Segment, Wrong};
 pub use geometry::Geometry;
 pub use op::Op;
