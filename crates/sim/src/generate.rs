@@ -1,5 +1,7 @@
 //! Draws what happens to a world: sizes, commands and faults, all from the seed.
 
+mod ambush;
+
 use holdfast_core::{Priority, Profile};
 
 use crate::rng::Rng;
@@ -22,11 +24,19 @@ pub struct Plot {
     pub heal_ms: u64,
 }
 
-/// The plot of a seed.
+/// The plot of a seed: every fifth is one of ambushes, and a few are of large clusters.
 pub fn plot(seed: u64) -> Plot {
+    if seed % 5 == 3 {
+        return ambush::plot(seed);
+    }
     let mut rng = Rng::new(seed);
-    let nodes = *rng.pick(&[2, 3, 3, 3, 3, 4, 5, 5, 7, 9]);
-    let heal_ms = rng.between(15_000, 40_000);
+    let small = *rng.pick(&[2, 3, 3, 3, 3, 4, 5, 5, 7, 9]);
+    let (nodes, longest_ms) = match seed {
+        _ if seed % 250 == 142 => (64, 18_000),
+        _ if seed % 50 == 27 => (16, 30_000),
+        _ => (small, 40_000),
+    };
+    let heal_ms = rng.between(15_000, longest_ms);
     let witness = rng.permille(match nodes {
         2 => 700,
         4 => 500,

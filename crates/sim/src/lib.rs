@@ -35,6 +35,7 @@ mod generate;
 mod mutation;
 mod raft;
 mod rng;
+mod role;
 mod scenario;
 mod script;
 mod world;

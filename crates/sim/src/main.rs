@@ -1,14 +1,17 @@
 //! Runs the simulation from a command line: see [`USAGE`].
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use holdfast_sim::{Exploration, Mutation, Options, Scenario, catch, explore, play, run, shrink};
+use holdfast_sim::{Caught, Exploration, Mutation, Options, Scenario, catch, explore, play, run, shrink};
 use serde_json::json;
 
 const USAGE: &str = "usage:
   sim --seed N            one seed, with its timeline
+      --only TEXT         ... with the rule broken that has this in its name
   sim --seeds N           many, from --start S (0); a failing one is shrunk and told
   sim --mutants           breaks each rule on purpose and says which seed caught it
       --budget N          ... within so many seeds each (2000)
@@ -72,9 +75,9 @@ fn act(arguments: &Arguments) -> Result<bool, String> {
         print!("{}", play(&scenario));
         (true, json!({}))
     } else if let Some(seed) = arguments.seed {
-        one(seed)
+        one(seed, &arguments.only)
     } else if arguments.mutants {
-        mutants(arguments.budget, &arguments.only)
+        mutants(arguments.budget, &arguments.only, arguments.threads)
     } else if let Some(seeds) = arguments.seeds {
         many(arguments.start, seeds, arguments.threads)
     } else {
@@ -87,8 +90,13 @@ fn act(arguments: &Arguments) -> Result<bool, String> {
     Ok(good)
 }
 
-fn one(seed: u64) -> (bool, serde_json::Value) {
-    let outcome = run(seed, &Options { trace: true, mutation: None });
+fn named(only: &str) -> Vec<Mutation> {
+    Mutation::ALL.into_iter().filter(|mutation| mutation.to_string().contains(only)).collect()
+}
+
+fn one(seed: u64, only: &str) -> (bool, serde_json::Value) {
+    let mutation = if only.is_empty() { None } else { named(only).first().copied() };
+    let outcome = run(seed, &Options { trace: true, mutation });
     print!("{}", outcome.story());
     let settled = outcome.settled_ms;
     match &outcome.violation {
@@ -99,8 +107,12 @@ fn one(seed: u64) -> (bool, serde_json::Value) {
     (!broken, json!({ "seed": seed, "violations": u64::from(broken), "settled_ms": settled }))
 }
 
+fn as_many(threads: Option<u64>) -> u64 {
+    threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u64))
+}
+
 fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Value) {
-    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u64));
+    let threads = as_many(threads);
     let began = Instant::now();
     let share = seeds.div_ceil(threads.max(1)).max(1);
     let mut all = Exploration::default();
@@ -144,21 +156,31 @@ fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Valu
     (all.violations == 0, figures)
 }
 
-fn mutants(budget: u64, only: &str) -> (bool, serde_json::Value) {
-    let mut rows = Vec::new();
-    let mut caught = 0;
-    let named: Vec<_> = Mutation::ALL.into_iter().filter(|mutation| mutation.to_string().contains(only)).collect();
-    for mutation in named.iter().copied() {
-        let found = catch(mutation, budget);
-        caught += u64::from(found.is_some());
-        match &found {
-            Some(by) => println!("{mutation:<52} caught by seed {:>5}: {}", by.seed, by.violation.rule),
-            None => println!("{mutation:<52} NOT caught by {budget} seeds"),
+fn mutants(budget: u64, only: &str, threads: Option<u64>) -> (bool, serde_json::Value) {
+    let named = named(only);
+    let next = AtomicUsize::new(0);
+    let found = Mutex::new(BTreeMap::new());
+    std::thread::scope(|scope| {
+        for _ in 0..as_many(threads) {
+            scope.spawn(|| {
+                while let Some(mutation) = named.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let caught = catch(*mutation, budget);
+                    match &caught {
+                        Some(by) => println!("{mutation:<48} caught by seed {:>5}: {}", by.seed, by.violation.rule),
+                        None => println!("{mutation:<48} NOT caught by {budget} seeds"),
+                    }
+                    found.lock().unwrap_or_else(PoisonError::into_inner).insert(*mutation, caught);
+                }
+            });
         }
-        let (seed, rule) = (found.as_ref().map(|by| by.seed), found.as_ref().map(|by| by.violation.rule));
-        rows.push(json!({ "mutation": mutation.to_string(), "seed": seed, "rule": rule }));
-    }
-    let all = named.len() as u64;
+    });
+    let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let (all, caught) = (found.len(), found.values().flatten().count());
     println!("{caught} of {all} caught");
+    let row = |(mutation, caught): (&Mutation, &Option<Caught>)| {
+        let (seed, rule) = (caught.as_ref().map(|by| by.seed), caught.as_ref().map(|by| by.violation.rule));
+        json!({ "mutation": mutation.to_string(), "seed": seed, "rule": rule })
+    };
+    let rows: Vec<_> = found.iter().map(row).collect();
     (caught == all, json!({ "mutants": all, "mutants_caught": caught, "budget": budget, "caught": rows }))
 }

@@ -43,14 +43,14 @@ pub enum Mutation {
     /// A node whose agent has acknowledged nothing for as long as a lease counts as
     /// lost, whatever its keeper asked for.
     UnheardIsLost,
-    /// The only voter by its own log does not hold still after a restart, even if it
-    /// voted for another.
-    TrustTheLogAlone,
+    /// A new coordinator begins before the first entry of its term is agreed on, and
+    /// with it all that was agreed on before.
+    CoordinateAtOnce,
     /// A disk that shows less of the witness than was seen before counts.
     StaleWitnessVotes,
     /// The witness answers although its lease on the disk has ended meanwhile.
     AnswerWithoutLease,
-    /// Whoever claimed the witness's disk does not look again.
+    /// Whoever claimed the witness's disk trusts what it saw before, and does not look again.
     ClaimWithoutLooking,
 }
 
@@ -75,7 +75,7 @@ impl Mutation {
         Mutation::AcknowledgeBeforeTheDisk,
         Mutation::SkipJoint,
         Mutation::UnheardIsLost,
-        Mutation::TrustTheLogAlone,
+        Mutation::CoordinateAtOnce,
         Mutation::StaleWitnessVotes,
         Mutation::AnswerWithoutLease,
         Mutation::ClaimWithoutLooking,
@@ -102,7 +102,7 @@ impl fmt::Display for Mutation {
             Mutation::ForgetHold => "forget the hold of a restarted voter",
             Mutation::AcknowledgeBeforeTheDisk => "acknowledge before the disk",
             Mutation::SkipJoint => "change voters without the old majority",
-            Mutation::TrustTheLogAlone => "believe in being the only voter after voting for another",
+            Mutation::CoordinateAtOnce => "coordinate before the first entry is agreed on",
             Mutation::StaleWitnessVotes => "let a stale witness vote",
             Mutation::AnswerWithoutLease => "let the witness answer without its lease",
             Mutation::ClaimWithoutLooking => "claim the witness without looking again",

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use holdfast_core::{Priority, Profile};
 
+use crate::role;
+
 /// Something that happens at a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
@@ -15,7 +17,8 @@ pub struct Step {
     pub deed: Deed,
 }
 
-/// What can happen. Nodes are numbered from zero here and from one in text.
+/// What can happen. Nodes are numbered from zero here and from one in text; a role
+/// may stand where a node stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Deed {
     /// A user asks for it through the API.
@@ -76,8 +79,13 @@ pub enum Traffic {
 /// What breaks or heals.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
+    /// Whoever plays a role from now on is who does so now.
+    Cast,
     /// A host loses its power.
     Lose(usize),
+    /// It does so, and nothing that it has sent arrives, when it is next agreed on
+    /// that a node is lost.
+    LoseAtVerdict(usize),
     /// A host boots, with what was durable.
     Return(usize),
     /// Nothing gets from one to the other any more.
@@ -86,6 +94,8 @@ pub enum Fault {
     Join(usize, usize, Traffic),
     /// An agent dies and is started again.
     CrashAgent(usize),
+    /// An agent dies and is started again so many milliseconds later.
+    RestartAgent(usize, u64),
     /// A keeper dies, and its VMs with it, and is started again.
     CrashKeeper(usize),
     /// An agent stands still, and later goes on where it was.
@@ -112,6 +122,8 @@ pub enum Fault {
     CutDisk(usize),
     /// It can again.
     JoinDisk(usize),
+    /// An access to the witness's disk takes so many milliseconds longer.
+    SlowWitness(u64),
     /// The witness's disk is copied as it is.
     CopyDisk,
     /// The copy takes the place of the witness's disk, if every node has seen more since.
@@ -160,7 +172,7 @@ impl fmt::Display for Traffic {
 
 impl fmt::Display for Deed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let n = |node: &usize| format!("n{}", node + 1);
+        let n = |node: &usize| role::written(*node);
         match self {
             Deed::Ask(wish) => match wish {
                 Wish::Create { vm, memory_mib, priority: of } => {
@@ -180,11 +192,14 @@ impl fmt::Display for Deed {
                 Wish::Profile(of) => write!(f, "profile {}", profile(*of)),
             },
             Deed::Fault(fault) => match fault {
+                Fault::Cast => write!(f, "cast"),
                 Fault::Lose(node) => write!(f, "lose {}", n(node)),
+                Fault::LoseAtVerdict(node) => write!(f, "lose-at-verdict {}", n(node)),
                 Fault::Return(node) => write!(f, "return {}", n(node)),
                 Fault::Cut(from, to, what) => write!(f, "cut {} to {}{what}", n(from), n(to)),
                 Fault::Join(from, to, what) => write!(f, "join {} to {}{what}", n(from), n(to)),
                 Fault::CrashAgent(node) => write!(f, "crash-agent {}", n(node)),
+                Fault::RestartAgent(node, ms) => write!(f, "restart-agent {} {ms}ms", n(node)),
                 Fault::CrashKeeper(node) => write!(f, "crash-keeper {}", n(node)),
                 Fault::FreezeAgent(node) => write!(f, "freeze-agent {}", n(node)),
                 Fault::ThawAgent(node) => write!(f, "thaw-agent {}", n(node)),
@@ -198,6 +213,7 @@ impl fmt::Display for Deed {
                 Fault::Storm(lost, doubled, late) => write!(f, "storm {lost} {doubled} {late}ms"),
                 Fault::CutDisk(node) => write!(f, "cut-disk {}", n(node)),
                 Fault::JoinDisk(node) => write!(f, "join-disk {}", n(node)),
+                Fault::SlowWitness(ms) => write!(f, "slow-witness {ms}ms"),
                 Fault::CopyDisk => write!(f, "copy-disk"),
                 Fault::OldDisk => write!(f, "old-disk"),
                 Fault::SetClock(node, ms) => write!(f, "set-clock {} {ms}", n(node)),
@@ -352,11 +368,14 @@ impl FromStr for Deed {
             ["profile", "default"] => ask(Wish::Profile(Profile::Default)),
             ["profile", "fast"] => ask(Wish::Profile(Profile::Fast)),
             ["profile", "wan"] => ask(Wish::Profile(Profile::Wan)),
+            ["cast"] => fault(Fault::Cast),
+            ["lose-at-verdict", n] => fault(Fault::LoseAtVerdict(node(n)?)),
             ["lose", n] => fault(Fault::Lose(node(n)?)),
             ["return", n] => fault(Fault::Return(node(n)?)),
             ["cut", from, "to", to, what @ ..] => fault(Fault::Cut(node(from)?, node(to)?, traffic(what)?)),
             ["join", from, "to", to, what @ ..] => fault(Fault::Join(node(from)?, node(to)?, traffic(what)?)),
             ["crash-agent", n] => fault(Fault::CrashAgent(node(n)?)),
+            ["restart-agent", n, ms] => fault(Fault::RestartAgent(node(n)?, milliseconds(ms)?)),
             ["crash-keeper", n] => fault(Fault::CrashKeeper(node(n)?)),
             ["freeze-agent", n] => fault(Fault::FreezeAgent(node(n)?)),
             ["thaw-agent", n] => fault(Fault::ThawAgent(node(n)?)),
@@ -370,6 +389,7 @@ impl FromStr for Deed {
             ["storm", lost, doubled, late] => fault(Fault::Storm(number(lost)?, number(doubled)?, milliseconds(late)?)),
             ["cut-disk", n] => fault(Fault::CutDisk(node(n)?)),
             ["join-disk", n] => fault(Fault::JoinDisk(node(n)?)),
+            ["slow-witness", ms] => fault(Fault::SlowWitness(milliseconds(ms)?)),
             ["copy-disk"] => fault(Fault::CopyDisk),
             ["old-disk"] => fault(Fault::OldDisk),
             ["set-clock", n, ms] => {
@@ -383,8 +403,7 @@ impl FromStr for Deed {
 }
 
 fn node(word: &str) -> Result<usize, String> {
-    let number = word.strip_prefix('n').and_then(|number| number.parse::<usize>().ok());
-    number.and_then(|number| number.checked_sub(1)).ok_or_else(|| format!("{word:?} is no node: the first is n1"))
+    role::read(word).ok_or_else(|| format!("{word:?} is no node: the first is n1"))
 }
 
 fn traffic(words: &[&str]) -> Result<Traffic, String> {
@@ -431,13 +450,17 @@ mod tests {
             "remove n2",
             "memory n1 64M",
             "profile wan",
+            "cast",
             "lose n1",
+            "lose voter1",
+            "lose-at-verdict coordinator",
             "return n1",
             "cut n1 to n2",
             "cut n1 to n2 heartbeats",
             "join n2 to n1 agents",
             "join n2 to n1 migration",
             "crash-agent n1",
+            "restart-agent n1 20ms",
             "crash-keeper n1",
             "freeze-agent n1",
             "thaw-agent n1",
@@ -449,6 +472,12 @@ mod tests {
             "shutdown web",
             "slow-disk n1 250ms",
             "storm 10 20 300ms",
+            "cut-disk host",
+            "join-disk n2",
+            "slow-witness 80ms",
+            "copy-disk",
+            "old-disk",
+            "set-clock n1 -5000",
             "heal",
         ] {
             assert_eq!(text.parse::<Deed>().unwrap().to_string(), text);

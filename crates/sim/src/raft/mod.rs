@@ -35,8 +35,6 @@ pub struct Defects {
     pub votes_at_once: bool,
     /// A voter that comes back does not hold still.
     pub forgets_hold: bool,
-    /// The only voter by its own log does not hold still, whomever it voted for.
-    pub trusts_its_log: bool,
 }
 
 /// Entries that one message carries.
@@ -144,7 +142,7 @@ impl Raft {
         self.heard = None;
         // Who voted for another may have helped to elect one by a newer list of
         // members, which is not in this log yet.
-        let elected_none = self.voted_for.is_none_or(|to| to == self.me) || self.defects.trusts_its_log;
+        let elected_none = self.voted_for.is_none_or(|to| to == self.me);
         let sole = elected_none && self.members().sole() == Some(self.me);
         let at_once = sole || self.defects.votes_at_once || self.defects.forgets_hold;
         self.held_until = if at_once { now } else { now.plus_ms(self.timing.hold_ms) };

@@ -34,7 +34,9 @@ impl World {
         if from < to {
             for index in from + 1..=to {
                 let entry = self.hosts[host].agent.seat.raft.log[index - 1].clone();
-                self.commit(index, &entry);
+                if self.commit(index, &entry) {
+                    self.verdict();
+                }
                 let agent = &mut self.hosts[host].agent;
                 agent.applied = index;
                 agent.state = self.chain.state(index);

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::{Event, Message, WALL_ZERO_MS, World};
 use crate::clock::MS;
 use crate::mutation::Mutation;
+use crate::role;
 use crate::script::{Deed, Wish};
 
 /// After this long a client asks again.
@@ -46,7 +47,8 @@ impl World {
     fn command(&mut self, state: &ClusterState, through: usize, wish: &Wish) -> Option<Command> {
         let named = |name: &String| state.vm_named(name).map(|vm| vm.id);
         let desired = |vm: &String, desired| Some(Command::SetDesired { vm: named(vm)?, desired });
-        let node = |index: usize| NodeId(index as u64 + 1);
+        let cast = self.cast;
+        let node = |index: usize| role::player(&cast, index).map(|index| NodeId(index as u64 + 1));
         match wish {
             Wish::Create { vm, memory_mib, priority } => {
                 let id = VmId(Uuid::from_u64_pair(self.rng.next(), self.rng.next()));
@@ -77,18 +79,19 @@ impl World {
             Wish::Pause(vm) => desired(vm, Desired::Paused),
             Wish::Restart(vm) => Some(Command::RestartVm { vm: named(vm)? }),
             Wish::Delete(vm) => Some(Command::DeleteVm { vm: named(vm)?, node: self.node_of(through) }),
-            Wish::Migrate(vm, to) => Some(Command::MigrateVm { vm: named(vm)?, to: to.map(node) }),
+            Wish::Migrate(vm, None) => Some(Command::MigrateVm { vm: named(vm)?, to: None }),
+            Wish::Migrate(vm, Some(to)) => Some(Command::MigrateVm { vm: named(vm)?, to: Some(node(*to)?) }),
             Wish::Cancel(vm) => {
                 let vm = named(vm)?;
                 let mut jobs = state.running_jobs();
                 let job = jobs.find(|job| job.vm == vm && matches!(job.work, Work::Migrate { .. } | Work::Stop))?;
                 Some(Command::CancelJob { job: job.id })
             }
-            Wish::Remove(index) => Some(Command::RemoveNode { node: node(*index) }),
+            Wish::Remove(index) => Some(Command::RemoveNode { node: node(*index)? }),
             Wish::Memory(index, mib) => {
-                let mut facts = state.nodes.get(&node(*index))?.facts.clone();
+                let mut facts = state.nodes.get(&node(*index)?)?.facts.clone();
                 facts.memory_bytes = mib << 20;
-                Some(Command::SetFacts { node: node(*index), facts })
+                Some(Command::SetFacts { node: node(*index)?, facts })
             }
             Wish::Profile(profile) => Some(Command::SetProfile { profile: *profile }),
         }

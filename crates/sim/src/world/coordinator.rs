@@ -95,8 +95,9 @@ impl Coordinatorship {
 impl World {
     pub(super) fn coordinate(&mut self, host: usize) {
         let now = self.boot(host);
+        let at_once = self.mutated(Mutation::CoordinateAtOnce);
         let agent = &mut self.hosts[host].agent;
-        let leads = agent.seat.raft.leads_since().is_some_and(|blank| agent.applied >= blank);
+        let leads = agent.seat.raft.leads_since().is_some_and(|blank| at_once || agent.applied >= blank);
         let same = agent.coordinatorship.as_ref().is_some_and(|c| c.term == agent.seat.raft.term);
         if !leads || !same {
             agent.coordinatorship = None;

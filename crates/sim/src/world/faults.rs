@@ -4,6 +4,7 @@ use holdfast_core::VmId;
 
 use super::host::{Qemu, Stage};
 use super::{Event, Part, World};
+use crate::role;
 use crate::script::{Deed, Fault, Traffic};
 
 impl World {
@@ -11,7 +12,12 @@ impl World {
         let deed = self.steps[index].deed.clone();
         match deed {
             Deed::Ask(wish) => self.ask(wish),
+            Deed::Fault(Fault::Cast) => self.cast(),
             Deed::Fault(fault) => {
+                // A role that nobody plays has no fate.
+                let Some(fault) = fault.played_by(&self.cast) else {
+                    return;
+                };
                 self.log(|| format!("! {}", Deed::Fault(fault.clone())));
                 self.fault(&fault);
             }
@@ -26,14 +32,13 @@ impl World {
             Fault::Return(node) if known(node) => self.power_on(*node),
             Fault::Cut(from, to, what) if known(from) && known(to) => self.links.set(*from, *to, *what, true),
             Fault::Join(from, to, what) if known(from) && known(to) => self.links.set(*from, *to, *what, false),
+            Fault::LoseAtVerdict(node) if known(node) => self.doomed = Some(*node),
             Fault::CrashAgent(node) if known(node) && self.hosts[*node].powered => {
-                let host = &mut self.hosts[*node];
-                host.agent_stopped = false;
-                host.waiting.retain(|(part, _)| *part != Part::Agent);
-                let power = host.power;
-                self.stop_agent(*node);
                 let us = self.draw(20_000, 500_000);
-                self.after_us(us, Event::Start(*node, Part::Agent, power));
+                self.restart_agent(*node, us);
+            }
+            Fault::RestartAgent(node, ms) if known(node) && self.hosts[*node].powered => {
+                self.restart_agent(*node, ms * 1_000);
             }
             Fault::CrashKeeper(node) if awake(node) && self.hosts[*node].powered => self.crash_keeper(*node),
             Fault::FreezeAgent(node) if known(node) => self.hosts[*node].agent_stopped = true,
@@ -87,6 +92,11 @@ impl World {
                     }
                 }
             }
+            Fault::SlowWitness(ms) => {
+                if let Some(disk) = &mut self.disk {
+                    disk.slow_ms = *ms;
+                }
+            }
             Fault::CopyDisk => {
                 if let Some(disk) = &mut self.disk {
                     disk.copy();
@@ -112,6 +122,8 @@ impl World {
         self.log(|| "! heal".into());
         self.troubled = false;
         self.fault(&Fault::Storm(0, 0, 0));
+        self.fault(&Fault::SlowWitness(0));
+        self.doomed = None;
         for node in 0..self.hosts.len() {
             self.hosts[node].disk_ms = 0;
             for other in 0..self.hosts.len() {
@@ -123,6 +135,48 @@ impl World {
             self.fault(&Fault::Wake(node));
             self.power_on(node);
         }
+    }
+
+    /// Says who plays which role from now on, if somebody coordinates.
+    fn cast(&mut self) {
+        let leads = |at: &usize| {
+            let host = &self.hosts[*at];
+            host.powered && host.agent.alive && host.agent.coordinatorship.is_some()
+        };
+        let leading = (0..self.hosts.len()).filter(leads);
+        let Some(coordinator) = leading.max_by_key(|at| self.hosts[*at].agent.seat.raft.term) else {
+            return;
+        };
+        let members = *self.hosts[coordinator].agent.seat.raft.members();
+        let others = members.voting().iter().chain(members.learners.iter());
+        let mut others = others.filter(|who| *who != coordinator && *who < self.hosts.len());
+        let host = self.witness_hosts().first().copied();
+        self.cast = [Some(coordinator), others.next(), others.next(), host];
+        let names: Vec<_> = self.cast.iter().flatten().map(|node| role::written(*node)).collect();
+        self.log(|| format!("! cast {}", names.join(" ")));
+    }
+
+    fn restart_agent(&mut self, node: usize, down_us: u64) {
+        let host = &mut self.hosts[node];
+        host.agent_stopped = false;
+        host.waiting.retain(|(part, _)| *part != Part::Agent);
+        let power = host.power;
+        self.stop_agent(node);
+        self.after_us(down_us, Event::Start(node, Part::Agent, power));
+    }
+
+    /// It was agreed on that a node is lost: whoever was to lose its power then does.
+    pub(super) fn verdict(&mut self) {
+        if let Some(host) = self.doomed.take() {
+            self.at(self.now, Event::Doom(host));
+        }
+    }
+
+    pub(super) fn doom(&mut self, host: usize) {
+        self.isolate(host, true);
+        self.log(|| format!("! lose n{}", host + 1));
+        self.power_off(host);
+        self.after_us(10_000, Event::Rejoin(host));
     }
 
     /// Cuts a host off but for what its migrations send, or joins it again.

@@ -27,6 +27,7 @@ use crate::clock::MS;
 use crate::mutation::Mutation;
 use crate::raft::{Defects, ElectionTiming, Entry, Members, RaftMessage, What};
 use crate::rng::Rng;
+use crate::role::Cast;
 use crate::script::Step;
 
 pub use oracle::Violation;
@@ -117,6 +118,8 @@ enum Event {
     PowerBack(usize, u64),
     /// What a fence agent has to say comes in.
     FenceSaid(fencing::Fence),
+    /// A host loses its power, and nothing that it has sent arrives.
+    Doom(usize),
     /// A host that was cut off at a bad moment is joined again.
     Rejoin(usize),
 }
@@ -209,8 +212,12 @@ pub struct World {
     tally: Tally,
     /// The disk that the witness lives on.
     disk: Option<SharedDisk>,
-    /// Under which epoch the witness was last read from it.
+    /// Which life of the witness was last read from it.
     witness_read: u64,
+    /// Who plays which role in the script.
+    cast: Cast,
+    /// Loses its power when a node is next called lost.
+    doomed: Option<usize>,
     /// Who takes part in the beginning.
     founders: Members,
     /// Whom each participant voted for, by its number and the term.
@@ -239,6 +246,8 @@ impl World {
             tally: Tally::default(),
             disk: None,
             witness_read: 0,
+            cast: Cast::default(),
+            doomed: None,
             founders: Members::default(),
             votes: BTreeMap::new(),
             violation: None,
@@ -355,11 +364,7 @@ impl World {
     }
 
     fn defects(&self) -> Defects {
-        Defects {
-            votes_at_once: self.mutated(Mutation::VoteAtOnce),
-            forgets_hold: self.mutated(Mutation::ForgetHold),
-            trusts_its_log: self.mutated(Mutation::TrustTheLogAlone),
-        }
+        Defects { votes_at_once: self.mutated(Mutation::VoteAtOnce), forgets_hold: self.mutated(Mutation::ForgetHold) }
     }
 
     fn proposal(&mut self, by: &str, at_ms: u64, command: Command) -> Rc<Proposal> {
@@ -460,6 +465,7 @@ impl World {
             Event::PowerCut(host, power) => self.power_cut(host, power),
             Event::PowerBack(host, power) => self.power_back(host, power),
             Event::FenceSaid(fence) => self.fence_said(fence),
+            Event::Doom(host) => self.doom(host),
             Event::Rejoin(host) => self.isolate(host, false),
         }
     }

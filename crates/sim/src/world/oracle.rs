@@ -98,13 +98,14 @@ impl World {
         }
     }
 
-    /// A node has committed an entry.
-    pub(super) fn commit(&mut self, index: usize, entry: &Entry) {
+    /// A node has committed an entry. Whether a node was called lost by it, for the
+    /// first time.
+    pub(super) fn commit(&mut self, index: usize, entry: &Entry) -> bool {
         if let Some(known) = self.chain.entries.get(index - 1) {
             if !known.is(entry) {
                 self.broken("one log", format!("two entries were committed at index {index}"));
             }
-            return;
+            return false;
         }
         let before = self.chain.latest();
         self.chain.append(entry);
@@ -117,12 +118,12 @@ impl World {
         }
         self.judge_epochs(&before, &after);
         self.tell_news(&before, &after);
-        for node in after.nodes.values().filter(|node| !node.is_up()) {
-            let was_up = before.nodes.get(&node.id).is_some_and(Node::is_up);
-            if was_up {
-                self.judge_condemned(usize::MAX, node.id, node.term);
-            }
+        let was_up = |node: &&Node| !node.is_up() && before.nodes.get(&node.id).is_some_and(Node::is_up);
+        let lost: Vec<_> = after.nodes.values().filter(was_up).collect();
+        for node in &lost {
+            self.judge_condemned(usize::MAX, node.id, node.term);
         }
+        !lost.is_empty()
     }
 
     fn tell_news(&mut self, before: &ClusterState, after: &ClusterState) {
@@ -195,9 +196,9 @@ impl World {
     /// The witness says something: nobody may have read its disk since it was.
     pub(super) fn judge_witness(&mut self, host: usize) {
         let instance = self.hosts[host].agent.hosting.as_ref().and_then(|hosting| hosting.instance.as_ref());
-        if let Some(epoch) = instance.map(|instance| instance.epoch).filter(|epoch| *epoch < self.witness_read) {
-            let read = self.witness_read;
-            let text = format!("n{} speaks for it under epoch {epoch}, but it was read under {read}", host + 1);
+        if let Some(instance) = instance.filter(|instance| instance.seat.life != self.witness_read) {
+            let epoch = instance.epoch;
+            let text = format!("n{} speaks for it under epoch {epoch}, but it was read since", host + 1);
             self.broken("one witness", text);
         }
     }

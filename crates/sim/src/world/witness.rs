@@ -2,7 +2,7 @@
 //! a time. Who that is, `core::witness` decides; this does what it says to the disk,
 //! and lets out what the witness has to say only while the lease on the disk lasts.
 
-use holdfast_core::witness::{DiskLease, DiskTiming, Kept, Look, Step, Want};
+use holdfast_core::witness::{Block, DiskLease, DiskTiming, Kept, Look, Seen, Step, Use, Want};
 use holdfast_core::*;
 
 use super::consensus::{Seat, Write};
@@ -19,7 +19,9 @@ pub struct Hosting {
     busy: bool,
     /// Counts what it asked the disk for.
     asked: u64,
-    claimed: bool,
+    /// What it saw last, and the claim that it has written since.
+    looked: Look,
+    claimed: Option<Block>,
     /// The witness itself, while this agent hosts it.
     pub instance: Option<Instance>,
     /// It is being read from the disk.
@@ -96,7 +98,8 @@ impl World {
             lease,
             busy: false,
             asked: 0,
-            claimed: false,
+            looked: Look::default(),
+            claimed: None,
             instance: None,
             recovering: false,
             generation: 0,
@@ -170,23 +173,24 @@ impl World {
         hosting.lease.set_timing(timing, longest_ms);
         if !forgetful {
             hosting.lease.agreed(agreed);
-            let memory = hosting.lease.memory();
-            self.hosts[host].memory = self.hosts[host].memory.max(memory);
         }
+        let memory = hosting.lease.memory();
+        self.hosts[host].memory = self.hosts[host].memory.max(memory);
         let Some(hosting) = &mut self.hosts[host].agent.hosting else {
             return;
         };
         if !hosting.busy {
             match hosting.lease.next(now) {
                 Step::Wait(_) => {}
-                Step::Look if blind && hosting.claimed => {
-                    hosting.claimed = false;
-                    hosting.lease.looked(now, &Look::default());
+                Step::Look if let Some(claim) = hosting.claimed.take_if(|_| blind) => {
+                    let mut before = hosting.looked.clone();
+                    before.blocks.insert(claim.node, Seen::Block(claim));
+                    hosting.lease.looked(now, &before);
                     return self.hosting_step(host);
                 }
                 Step::Look => self.ask_disk(host, None),
                 Step::Write(block) => {
-                    hosting.claimed = block.state == holdfast_core::witness::Use::Claim;
+                    hosting.claimed = (block.state == Use::Claim).then_some(block);
                     self.ask_disk(host, Some(Transfer::Block(block)));
                 }
             }
@@ -272,7 +276,10 @@ impl World {
         };
         match word {
             DiskWord::Looked(_) | DiskWord::Wrote | DiskWord::Failed if asked != hosting.asked => return,
-            DiskWord::Looked(look) => hosting.lease.looked(now, &look),
+            DiskWord::Looked(look) => {
+                hosting.lease.looked(now, &look);
+                hosting.looked = look;
+            }
             DiskWord::Wrote => hosting.lease.wrote(now),
             DiskWord::Failed => hosting.lease.failed(now),
             DiskWord::Recovered => return self.recovered(host),
@@ -321,7 +328,7 @@ impl World {
         hosting.generation += 1;
         let generation = hosting.generation;
         hosting.instance = Some(Instance { seat, epoch, generation, area: target, written, durable: 0, ready: false });
-        self.witness_read = self.witness_read.max(epoch);
+        self.witness_read = serial;
         let (lands, done) = self.disk_times();
         let life = self.hosts[host].agent.life;
         self.land_at(host, lands, Transfer::Begin { area: target, head: (epoch, generation), frames: area.frames });
