@@ -168,3 +168,19 @@ async fn without_qemu_img_it_says_what_to_install() {
     assert!(text.contains("qemu-utils"), "{text}");
     assert!(names(directory.path()).is_empty());
 }
+
+#[tokio::test]
+async fn an_image_that_lacks_its_end_is_refused() {
+    let directory = TempDir::with_prefix("hfq-").expect("a directory");
+    let (plain, source) = (directory.path().join("plain"), directory.path().join("source.qcow2"));
+    let content: Vec<u8> = (0..1_u32 << 20).flat_map(|word| word.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    std::fs::write(&plain, &content).expect("contents");
+    tool().convert(&plain, &source, DiskFormat::Qcow2, None, SOON, |_| {}).await.expect("made");
+    let whole = std::fs::read(&source).expect("an image");
+    std::fs::write(&source, &whole[..whole.len() / 2]).expect("half of it");
+    let copy = directory.path().join("copy.raw");
+    let refused = tool().convert(&source, &copy, DiskFormat::Raw, None, SOON, |_| {}).await;
+    let told = refused.expect_err("half an image was taken for a whole one").to_string();
+    assert!(told.contains("source.qcow2") && told.contains("fetch it again"), "{told}");
+    assert_eq!(names(directory.path()), ["plain", "source.qcow2"]);
+}
