@@ -21,7 +21,7 @@ pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Do
                 "Cluster {} is founded, with {} as its first node.",
                 founded.cluster.name, founded.cluster.answered_by
             ))?;
-            output::line("Let the next host join within an hour, with this line on it:\n")?;
+            output::line("Let the next host join within a day, with this line on it:\n")?;
             output::line(&join_line(&founded.join))
         }
         ClusterCommand::Status => status(&client.get("/api/v1/cluster").await?, json),
