@@ -24,12 +24,12 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::now_ms;
-use crate::identity::write_durably;
+use crate::identity::{self, write_durably};
 
 /// In calls between nodes and in their answers: the generation that the sender obeys.
 pub const GENERATION: &str = "holdfast-generation";
 /// The file in the state directory.
-const FILE: &str = "generation.json";
+pub const FILE: &str = "generation.json";
 /// The version of its format.
 const FORMAT: u32 = 1;
 
@@ -142,12 +142,35 @@ pub struct Allegiance {
     stop: CancellationToken,
     /// A generation with the same number and another mark was met, and told of.
     torn: AtomicBool,
+    /// This node was removed from the cluster.
+    over: CancellationToken,
 }
 
 impl Allegiance {
     /// Obeys `generation`.
     pub fn new(generation: Generation, state_dir: PathBuf, stop: CancellationToken) -> Self {
-        Allegiance { generation, state_dir, stop, torn: AtomicBool::new(false) }
+        Allegiance { generation, state_dir, stop, torn: AtomicBool::new(false), over: CancellationToken::new() }
+    }
+
+    /// Another node says that this one was removed: it obeys nobody from here on.
+    pub fn removed(&self) {
+        if self.over.is_cancelled() {
+            return;
+        }
+        match identity::set_aside(&self.state_dir) {
+            Ok(kept) => {
+                self.over.cancel();
+                tracing::error!(kept_in = %kept.display(), "this node was removed from the cluster: it starts anew as a host without one; `holdfast node join` lets it join again");
+            }
+            Err(error) => {
+                tracing::error!(%error, "this node was removed from the cluster, and cannot set aside what it is")
+            }
+        }
+    }
+
+    /// Waits until this node was removed.
+    pub async fn over(&self) {
+        self.over.cancelled().await;
     }
 
     /// Which one.

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -21,10 +21,14 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, S
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::agent::now_ms;
+use crate::generation;
 use crate::heartbeat::SecretKey;
 
 /// The file in the state directory.
 pub const FILE: &str = "identity.json";
+/// How the directories begin in which a node that was removed keeps what it was.
+const REMOVED: &str = "removed-";
 /// The version of its format.
 const FORMAT: u32 = 1;
 /// The name that every node's certificate has beside its own.
@@ -246,6 +250,33 @@ fn validity() -> (time::OffsetDateTime, time::OffsetDateTime) {
     (now - time::Duration::days(1), now + time::Duration::days(20 * 365))
 }
 
+/// Makes this host one without a cluster: keeps what it was in a directory of its own,
+/// whose path is returned. What consensus knows is set aside when the host joins again.
+///
+/// # Errors
+/// The disk refuses it.
+pub fn set_aside(state_dir: &Path) -> Result<PathBuf> {
+    let kept = state_dir.join(format!("{REMOVED}{}", now_ms()));
+    let cannot = || format!("cannot move {} to {}", state_dir.join(FILE).display(), kept.display());
+    std::fs::create_dir(&kept).with_context(cannot)?;
+    // The identity last: with it gone, this host is in no cluster.
+    for file in [generation::FILE, FILE] {
+        match std::fs::rename(state_dir.join(file), kept.join(file)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).with_context(cannot),
+            _ => {}
+        }
+    }
+    std::fs::File::open(state_dir).and_then(|dir| dir.sync_all()).with_context(cannot)?;
+    Ok(kept)
+}
+
+/// Where a host that was removed keeps what it was; the latest when there are several.
+pub fn removed(state_dir: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(state_dir).into_iter().flatten().flatten();
+    let kept = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(REMOVED));
+    kept.map(|entry| entry.path()).max()
+}
+
 /// SHA-256 of a certificate, in hexadecimal: what a token pins.
 ///
 /// # Errors
@@ -338,6 +369,24 @@ mod tests {
         assert_eq!(node_of_certificate(&der), Some(NodeId(17)));
         let authority = certificate(&identity(17).ca_certificate).unwrap();
         assert_eq!(node_of_certificate(&authority), None);
+    }
+
+    #[test]
+    fn a_host_that_was_removed_keeps_what_it_was_and_is_in_no_cluster() {
+        for generations in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            assert_eq!(removed(dir.path()), None);
+            identity(3).store(dir.path()).unwrap();
+            if generations {
+                std::fs::write(dir.path().join(generation::FILE), "{}").unwrap();
+            }
+            let kept = set_aside(dir.path()).unwrap();
+            assert!(Identity::load(dir.path()).unwrap().is_none());
+            assert_eq!(Identity::load(&kept).unwrap().unwrap().node, NodeId(3));
+            assert!(!dir.path().join(generation::FILE).exists());
+            assert_eq!(kept.join(generation::FILE).exists(), generations);
+            assert_eq!(removed(dir.path()), Some(kept));
+        }
     }
 
     #[test]

@@ -139,6 +139,7 @@ impl Agent {
         tokio::spawn(self.clone().keep_witnesses(member));
         tokio::spawn(self.clone().act_when_caught_up(member));
         tokio::spawn(self.clone().greet(member));
+        tokio::spawn(self.clone().end_when_removed(member));
         Ok(member)
     }
 
@@ -150,6 +151,17 @@ impl Agent {
         let others: Vec<_> = state.nodes.keys().copied().filter(|node| *node != member.me).collect();
         let calls = others.into_iter().map(|node| member.peers.post(node, rpc::GREET, Bytes::new(), GREETING));
         futures_util::future::join_all(calls).await;
+    }
+
+    /// A keeper serves one node of one cluster: when this node was removed, the service
+    /// starts anew, as that of a host without a cluster. Nothing runs here any more:
+    /// a node is removed only when its VMs are elsewhere or its term is over.
+    async fn end_when_removed(self, member: &'static Member) {
+        member.allegiance.over().await;
+        if let Err(error) = self.0.keeper.ask(Request::End).await {
+            tracing::error!(%error, "the keeper does not end: restart the service, so that this host can join a cluster");
+            self.0.stop.cancel();
+        }
     }
 
     /// A fresh agent reads its log again from the last snapshot on. What it sees on

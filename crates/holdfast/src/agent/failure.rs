@@ -1,5 +1,7 @@
 //! Why something that was asked of the agent did not happen.
 
+use std::path::PathBuf;
+
 use holdfast_core::Refusal;
 
 /// Why something that was asked of the agent did not happen.
@@ -11,6 +13,15 @@ pub enum Failure {
     /// This host belongs to no cluster.
     #[error("this host belongs to no cluster yet: `holdfast cluster init` founds one, `holdfast node join` joins one")]
     NotInCluster,
+    /// This host belongs to no cluster any more.
+    #[error(
+        "this host was removed from its cluster: `holdfast node join` lets it join again or join another one; what it knew is kept in {}",
+        kept.display()
+    )]
+    Removed {
+        /// The directory.
+        kept: PathBuf,
+    },
     /// Nobody decides right now.
     #[error("no coordinator could be reached within {seconds} s: a majority of the voters has to be up and connected")]
     NoCoordinator {

@@ -43,7 +43,7 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::generation::Allegiance;
-use crate::identity::Identity;
+use crate::identity::{self, Identity};
 use crate::leases::Leases;
 
 pub use failure::Failure;
@@ -161,7 +161,15 @@ impl Agent {
     }
 
     fn member(&self) -> Result<&'static Member, Failure> {
-        self.0.member.get().copied().ok_or(Failure::NotInCluster)
+        self.0.member.get().copied().ok_or_else(|| self.outside())
+    }
+
+    /// Why there is nothing to ask this host for, while it is in no cluster.
+    pub fn outside(&self) -> Failure {
+        match identity::removed(&self.0.config.state_dir) {
+            Some(kept) => Failure::Removed { kept },
+            None => Failure::NotInCluster,
+        }
     }
 
     /// Has a command agreed on, wherever the coordinator is, and waits until

@@ -296,8 +296,17 @@ async fn exchange(
     if status.is_success() {
         Ok(body)
     } else {
+        if status == StatusCode::FORBIDDEN && says_removed(&body) {
+            allegiance.removed();
+        }
         Err(CallError::Refused { status, text: String::from_utf8_lossy(&body).into_owned() })
     }
+}
+
+/// Whether an answer tells this node that it was removed. Whoever says so has shown
+/// a certificate of the cluster, and a node that was removed never is one again.
+fn says_removed(body: &[u8]) -> bool {
+    serde_json::from_slice::<holdfast_api::ErrorBody>(body).is_ok_and(|body| body.error.code == crate::http::REMOVED)
 }
 
 async fn read(body: hyper::body::Incoming) -> Result<Bytes, CallError> {

@@ -55,7 +55,7 @@ struct Boot {
 /// An [`ApiError`] that says what cannot be and why.
 pub async fn command(agent: &Agent, request: api::CreateVm) -> Result<Command, ApiError> {
     let state = agent.state();
-    let me = agent.me().ok_or(ApiError::from(crate::agent::Failure::NotInCluster))?;
+    let me = agent.me().ok_or_else(|| agent.outside())?;
     let wanted = request.vm;
     if state.vm_named(&wanted.name).is_some() {
         return Err(Refusal::Duplicate { what: "VM".into(), name: wanted.name }.into());
@@ -100,9 +100,12 @@ pub async fn command(agent: &Agent, request: api::CreateVm) -> Result<Command, A
     Ok(command)
 }
 
-/// Tries a command on a copy of the state, so that nothing is copied for one
-/// that would be refused.
-fn rehearse(state: &ClusterState, command: Command) -> Result<(), ApiError> {
+/// Tries a command on a copy of the state, so that nothing is begun for one that
+/// would be refused.
+///
+/// # Errors
+/// Why it does not.
+pub fn rehearse(state: &ClusterState, command: Command) -> Result<(), ApiError> {
     let proposal = Proposal { id: RequestId(Uuid::new_v4()), at_ms: 0, by: String::new(), command };
     match state.clone().apply(&proposal) {
         Reply::Refused(refusal) => Err(refusal.into()),

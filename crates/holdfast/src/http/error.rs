@@ -48,7 +48,7 @@ fn status_of(code: &str) -> StatusCode {
     match code {
         "bad_request" => StatusCode::BAD_REQUEST,
         "no_token" => StatusCode::UNAUTHORIZED,
-        "bad_token" | "forbidden" => StatusCode::FORBIDDEN,
+        "bad_token" | "forbidden" | super::gate::REMOVED => StatusCode::FORBIDDEN,
         "not_found" => StatusCode::NOT_FOUND,
         "method_not_allowed" => StatusCode::METHOD_NOT_ALLOWED,
         "already_in_cluster" | "already_exists" | "conflict" | "stale" | "not_in_cluster" => StatusCode::CONFLICT,
@@ -71,7 +71,7 @@ impl From<Failure> for ApiError {
         let message = failure.to_string();
         match failure {
             Failure::Refused(refusal) => refusal.into(),
-            Failure::NotInCluster => ApiError::new("not_in_cluster", message),
+            Failure::NotInCluster | Failure::Removed { .. } => ApiError::new("not_in_cluster", message),
             Failure::NoCoordinator { .. } => ApiError::new("no_coordinator", message),
             Failure::Unknown => ApiError::new("unknown", message),
             Failure::Other { code, text } => ApiError::new(code, text),
@@ -117,7 +117,7 @@ mod tests {
         let unknown = Refusal::Unknown { what: "VM".into(), name: "web".into() };
         let room = Refusal::NoRoom { vm: "web".into(), why: "n1 is not up".into() };
         let other = Failure::Other { code: "volume_differs", text: "n2 sees another directory".into() };
-        let cases: [(Failure, u16, &str); 10] = [
+        let cases: [(Failure, u16, &str); 11] = [
             (unknown.into(), 404, "not_found"),
             (Refusal::Duplicate { what: "VM".into(), name: "web".into() }.into(), 409, "already_exists"),
             (Refusal::Conflict("it runs".into()).into(), 409, "conflict"),
@@ -127,6 +127,7 @@ mod tests {
             (Failure::NoCoordinator { seconds: 5 }, 503, "no_coordinator"),
             (Failure::Unknown, 504, "unknown"),
             (Failure::NotInCluster, 409, "not_in_cluster"),
+            (Failure::Removed { kept: "/var/lib/holdfast/removed-7".into() }, 409, "not_in_cluster"),
             (other, 422, "volume_differs"),
         ];
         for (failure, status, code) in cases {

@@ -20,6 +20,9 @@ use tokio::sync::watch;
 use super::error::ApiError;
 use crate::identity::digest;
 
+/// The word with which a node is told that it was removed.
+pub const REMOVED: &str = "removed";
+
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
@@ -73,7 +76,7 @@ fn admit(state: &ClusterState, peer: &Peer, path: &str, bearer: Option<&str>) ->
             // knows, and the news may come from that very node. One that it
             // knows to be gone was removed, and removal ends its rights.
             if *node <= state.last_node && !state.nodes.contains_key(node) {
-                return forbidden(&format!("node {node} was removed from the cluster"));
+                return Err(ApiError::new(REMOVED, format!("node {node} was removed from the cluster")));
             }
             Ok(Caller(state.node_name(*node)))
         }
@@ -188,7 +191,7 @@ mod tests {
             (stranger(), "/node/report", Some("secret"), 403, "only nodes"),
             (stranger(), "/api/v1/join", None, 200, "a joining host"),
             (node(1), "/node/report", None, 200, "n1"),
-            (node(2), "/node/report", None, 403, "was removed"),
+            (node(2), "/node/report", None, 403, r#""code":"removed""#),
             // Newer than this node's knowledge: it may be the one that brings it.
             (node(4), "/node/report", None, 200, "node 4"),
             (node(1), "/api/v1/vms", None, 401, "no_token"),

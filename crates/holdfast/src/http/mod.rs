@@ -31,7 +31,7 @@ use utoipa_axum::router::OpenApiRouter;
 use crate::agent::Agent;
 
 pub use error::ApiError;
-pub use gate::Peer;
+pub use gate::{Peer, REMOVED};
 pub use server::ServeError;
 
 /// The largest body of a request to the API, in bytes.

@@ -380,6 +380,10 @@ impl Keeper {
             Request::Start(wanted) => return self.vms.start(asked, &wanted),
             Request::Retire(tag) => self.vms.retire(tag),
             Request::Kill(tag) => return self.vms.kill(asked, tag),
+            Request::End => {
+                self.begin_end();
+                Ok(Reply::Done)
+            }
             Request::List => Ok(Reply::Vms(self.vms.list())),
             Request::Forget(tag) => self.vms.forget(tag),
             Request::Subscribe => {

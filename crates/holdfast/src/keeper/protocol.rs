@@ -44,6 +44,9 @@ pub enum Request {
     List,
     /// Drop an ended process from the list. Answered by [`Reply::Done`].
     Forget(Tag),
+    /// End in order, as when the service is stopped: what starts next may serve another
+    /// node. Answered by [`Reply::Done`] before that is done.
+    End,
     /// Send events from now on. Answered by [`Reply::Vms`] as of this moment, so
     /// that nothing falls between the list and the first event.
     Subscribe,

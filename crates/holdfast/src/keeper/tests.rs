@@ -223,16 +223,21 @@ async fn the_agent_is_restarted_and_a_frozen_one_does_not_matter() {
 
 #[tokio::test]
 async fn told_to_stop_it_ends_the_agent_then_the_vms_then_itself() {
-    let lab = Lab::new();
-    let mut keeper = lab.keeper().await;
-    lab.grant(&mut keeper, 1).await;
-    let process = keeper.started(lab.start(1, 1, 1)).await;
-    let agent = pidfd_open(lab.agent(1).await).unwrap();
-    kill(keeper.pid(), Signal::SIGTERM).unwrap();
-    assert_eq!(keeper.event().await, exited(1, 1, KILLED));
-    assert!(readable(&agent, Duration::ZERO) && readable(&process, Duration::ZERO));
-    assert_eq!(keeper.process.wait().unwrap().code(), Some(0));
-    assert!(!lab.run_dir().join(SOCKET).exists());
+    for by_signal in [true, false] {
+        let lab = Lab::new();
+        let mut keeper = lab.keeper().await;
+        lab.grant(&mut keeper, 1).await;
+        let process = keeper.started(lab.start(1, 1, 1)).await;
+        let agent = pidfd_open(lab.agent(1).await).unwrap();
+        match by_signal {
+            true => kill(keeper.pid(), Signal::SIGTERM).unwrap(),
+            false => assert_eq!(keeper.ask(Request::End).await, Ok(Reply::Done)),
+        }
+        assert_eq!(keeper.event().await, exited(1, 1, KILLED));
+        assert!(readable(&agent, Duration::ZERO) && readable(&process, Duration::ZERO));
+        assert_eq!(keeper.process.wait().unwrap().code(), Some(0));
+        assert!(!lab.run_dir().join(SOCKET).exists());
+    }
 }
 
 #[tokio::test]

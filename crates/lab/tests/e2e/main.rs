@@ -23,6 +23,7 @@ mod keeper_killed;
 mod keeper_stopped;
 mod migration;
 mod migration_faults;
+mod node_removed;
 mod one_way;
 mod partition;
 mod power_loss;

@@ -29,7 +29,7 @@ use super::Served;
 use super::error::ApiError;
 use super::gate::Caller;
 use super::views::Vantage;
-use crate::agent::{Agent, Failure};
+use crate::agent::Agent;
 
 /// How long a view waits for what only the coordinator knows.
 const OBSERVED_WITHIN: Duration = Duration::from_millis(1500);
@@ -82,7 +82,7 @@ pub fn all() -> OpenApiRouter<Served> {
 fn state(agent: &Agent) -> Result<Arc<ClusterState>, ApiError> {
     let state = agent.state();
     match state.cluster.name.is_empty() {
-        true => Err(Failure::NotInCluster.into()),
+        true => Err(agent.outside().into()),
         false => Ok(state),
     }
 }

@@ -8,6 +8,7 @@ use holdfast_core::Command;
 
 use super::{Outlook, execute, state};
 use crate::http::Served;
+use crate::http::create::rehearse;
 use crate::http::error::{ApiError, Body};
 use crate::http::gate::Caller;
 use crate::http::views;
@@ -59,6 +60,9 @@ pub async fn set(
 }
 
 /// Removes a node from the cluster. No VM may be on it, unless it is lost.
+///
+/// One that coordinates hands the coordination over first: whoever is removed is not
+/// listened to any more, and could not do it then.
 #[utoipa::path(delete, path = "/api/v1/nodes/{name}", operation_id = "removeNode", tag = "nodes", params(("name" = String, Path)), responses(
     (status = 204, description = "it is no node any more"),
     (status = "default", body = api::ErrorBody, description = "an error"),
@@ -69,7 +73,12 @@ pub async fn remove(
     Path(name): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     let node = super::node(&*state(&served.agent)?, &name)?.id;
-    execute(&served.agent, &by, Command::RemoveNode { node }).await?;
+    let command = Command::RemoveNode { node };
+    rehearse(&*state(&served.agent)?, command.clone())?;
+    if served.agent.coordinator() == Some(node) {
+        served.agent.hand_over(None).await?;
+    }
+    execute(&served.agent, &by, command).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -40,7 +40,7 @@ pub async fn ask(
     let observed = Observed { nodes, ..Observed::default() };
     // A voter elects nobody for a while after the last word of a coordinator; then it
     // takes some messages.
-    let window = served.agent.authority_window_ms().ok_or(Failure::NotInCluster)?;
+    let window = served.agent.authority_window_ms().ok_or_else(|| served.agent.outside())?;
     let situation = Situation {
         state: &state,
         observed: &observed,
