@@ -48,22 +48,29 @@ pub async fn gate(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let Some(peer) = request.extensions().get::<Peer>().cloned() else {
-        return ApiError::new("internal", "the connection has no peer").into_response();
-    };
-    let bearer = request
-        .headers()
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.strip_prefix("Bearer "));
     let state = Arc::clone(&state.borrow());
-    match admit(&state, &peer, request.uri().path(), bearer) {
+    match caller(&state, &request) {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
         Err(refused) => refused.into_response(),
     }
+}
+
+/// Who makes a request, if they may make it as things stand in `state`.
+///
+/// # Errors
+/// Why they may not.
+pub fn caller(state: &ClusterState, request: &Request) -> Result<Caller, ApiError> {
+    let unknown = || ApiError::new("internal", "the connection has no peer");
+    let peer = request.extensions().get::<Peer>().ok_or_else(unknown)?;
+    let bearer = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.strip_prefix("Bearer "));
+    admit(state, peer, request.uri().path(), bearer)
 }
 
 /// Who the caller is, if they may call `path`.

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::middleware::Next;
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
@@ -108,6 +108,10 @@ fn router(agent: Agent, node_routes: Router, stop: CancellationToken) -> Router 
 async fn catch_up(State(agent): State<Agent>, request: Request, next: Next) -> Response {
     if !request.method().is_safe() {
         agent.catch_up().await;
+        // A token may have been revoked there as well.
+        if let Err(refused) = gate::caller(&agent.state(), &request) {
+            return refused.into_response();
+        }
     }
     next.run(request).await
 }
