@@ -85,12 +85,27 @@ fn bad_volumes(cluster: &Cluster) {
     assert_eq!(add("vol2", "relative".into()).0, "invalid");
     assert_eq!(add(VOLUME, cluster.on_volume("")).0, "already_exists");
     assert_eq!(add("vol2", cluster.on_volume("")).0, "bad_path");
+    // Only one node has it.
+    let below = "etc/only-here";
+    let (seen, only_here) =
+        (cluster.host("n1").unwrap().directory().join(below), cluster.lab().host_directory().join(below));
+    fs::create_dir(&seen).unwrap();
+    let (code, why) = add("vol2", only_here.clone());
+    assert!(code == "volume_not_shared" && why.contains("n2 has no directory") && why.contains(below), "{code} {why}");
+    assert!(why.contains("mount it there first"), "{why}");
+    assert_eq!(listing(&seen), Vec::<PathBuf>::new());
+    let request = AddVolume { name: "vol2".into(), directory: only_here.display().to_string() };
+    let (code, why) = refused(cluster.client("n3").add_volume(&request));
+    assert!(code == "bad_path" && why.contains("n3 has no directory"), "{code} {why}");
     // The same path on every node, but each has its own directory there.
     let own = cluster.lab().host_directory().join("etc");
     let (code, why) = add("vol2", own);
     assert!(code == "volume_not_shared" && (why.contains("n2") || why.contains("n3")), "{code} {why}");
     for host in cluster.hosts() {
         assert!(!host.directory().join("etc/.holdfast-volume.json").exists());
+        let linked = fs::read_dir(host.directory().join("clusterstorage")).unwrap();
+        let linked: Vec<_> = linked.map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(linked, [VOLUME], "on {}", host.name());
     }
 }
 
