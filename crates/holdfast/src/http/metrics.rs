@@ -34,6 +34,11 @@ pub fn text(state: &ClusterState, from: Vantage<'_>) -> Result<String, std::fmt:
             (from.me.is_some() && from.me == from.coordinator).into(),
         );
         single("raft_term", "The term of consensus", bytes(from.term));
+        single(
+            "lease_milliseconds",
+            "How long a node may run VMs after it asked for its lease last",
+            bytes(state.settings.profile.timing().length_ms),
+        );
         single("voters", "Nodes that vote, and the witness when it does", count(cluster.quorum.voters));
         single("votes_needed", "Votes that an agreement needs", count(cluster.quorum.needed));
         single(

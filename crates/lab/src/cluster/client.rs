@@ -170,6 +170,16 @@ impl ApiClient {
         Ok(EventStream::new(answer.body))
     }
 
+    /// Events after the one with index `last`, as a browser resumes a stream that broke.
+    ///
+    /// # Errors
+    /// See [`ApiError`].
+    pub fn resume_events(&self, last: u64) -> Answer<EventStream> {
+        let header = last.to_string();
+        let answer = self.open("GET", "/api/v1/events/stream", &[("Last-Event-ID", &header)], &[])?;
+        Ok(EventStream::new(answer.body))
+    }
+
     /// The serial console of a VM.
     ///
     /// # Errors

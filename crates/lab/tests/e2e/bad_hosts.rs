@@ -1,18 +1,13 @@
 //! Hosts that cannot do what a node has to: without QEMU, with one that is too
 //! old, or with a clock that is far off.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use holdfast_api::{CreateVm, MakeJoinToken, VmState};
 use holdfast_lab::cluster::VmTemplate;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
 
-use crate::bench::{DEADLINE, eventually, form, refused, spec};
+use crate::bench::{DEADLINE, eventually, form, https, refused, spec};
 
 #[test]
 fn no_vm_starts_where_qemu_is_missing_or_too_old() {
@@ -79,30 +74,11 @@ fn a_host_whose_clock_is_far_off_does_not_join() {
             },
             "certificate_request": "",
         });
-        let answer = cluster.lab().fabric().client().run(|| ask_to_join(&ca, &request.to_string())).unwrap();
+        let body = request.to_string();
+        let head = "POST /api/v1/join HTTP/1.1\r\nContent-Type: application/json";
+        let answer = https(&cluster, "10.77.1.11", &ca, head, &body);
         assert!(answer.starts_with("HTTP/1.1 422"), "{answer}");
         assert!(answer.contains(r#""code":"clock""#) && answer.contains("n9") && answer.contains("NTP"), "{answer}");
     }
     assert_eq!(api.nodes().unwrap().len(), 1);
-}
-
-fn ask_to_join(ca: &str, body: &str) -> String {
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let mut tls = rustls::ClientConnection::new(Arc::new(config), ServerName::try_from("10.77.1.11").unwrap()).unwrap();
-    let mut tcp = TcpStream::connect("10.77.1.11:7470").unwrap();
-    tcp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
-    let head = "POST /api/v1/join HTTP/1.1\r\nHost: n1\r\nConnection: close\r\nContent-Type: application/json";
-    stream.write_all(format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
-    let mut answer = Vec::new();
-    // The server may end the connection without TLS's own farewell.
-    let _ = stream.read_to_end(&mut answer);
-    String::from_utf8_lossy(&answer).into_owned()
 }

@@ -1,11 +1,15 @@
 //! What all the tests stand on.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use holdfast_api::{VmState, VmView};
 use holdfast_lab::cluster::{ApiError, Cluster, ClusterSpec};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
 
 /// Long enough for a busy machine; nothing takes this long unless it is broken.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -97,4 +101,29 @@ pub fn lost_since(cluster: &Cluster, since: u64) -> Vec<String> {
 pub fn all_but(cluster: &Cluster, names: &[&str]) -> Vec<String> {
     let hosts = cluster.hosts();
     hosts.iter().map(|host| host.name().to_owned()).filter(|name| !names.contains(&name.as_str())).collect()
+}
+
+/// Asks a node over HTTPS from outside the cluster, trusting the authority `ca`; the
+/// whole answer. `head` is the request's line and its own headers.
+pub fn https(cluster: &Cluster, address: &str, ca: &str, head: &str, body: &str) -> String {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(ca.as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = ServerName::try_from(address.to_owned()).unwrap();
+    let mut tls = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let outside = cluster.lab().fabric().client();
+    let mut tcp = outside.run(|| TcpStream::connect((address, 7470)).unwrap()).unwrap();
+    tcp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+    let rest = format!("Host: {address}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    stream.write_all(format!("{head}\r\n{rest}").as_bytes()).unwrap();
+    let mut answer = Vec::new();
+    // The server may end the connection without TLS's own farewell.
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
 }

@@ -1,56 +1,17 @@
 //! The command line, as a person uses it on a node.
 
-use std::process::{Command, Output, Stdio};
-
 use holdfast_api::{JobState, JobView, VmDefinition, VmState, VmView};
 use holdfast_lab::cluster::{Cluster, VmTemplate};
 
 use crate::bench::{DEADLINE, spec, turn};
-
-struct Shell<'a> {
-    cluster: &'a Cluster,
-    host: &'a str,
-}
-
-impl Shell<'_> {
-    fn run(&self, words: &[&str]) -> Output {
-        Command::new(&self.cluster.spec().binary)
-            .arg("--socket")
-            .arg(self.cluster.socket(self.host))
-            .args(words)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
-    }
-
-    fn ok(&self, words: &[&str]) -> String {
-        let output = self.run(words);
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success(), "holdfast {words:?}: {:?}\n{out}\n{err}", output.status);
-        out.into_owned()
-    }
-
-    fn json<T: serde::de::DeserializeOwned>(&self, words: &[&str]) -> T {
-        let text = self.ok(words);
-        serde_json::from_str(&text).unwrap_or_else(|error| panic!("holdfast {words:?}: {error}: {text}"))
-    }
-
-    /// The sentence with which a command fails.
-    fn fails(&self, words: &[&str], code: i32) -> String {
-        let output = self.run(words);
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(code), "holdfast {words:?}: {error}");
-        assert!(error.trim().len() > 10 && !error.contains("panicked"), "holdfast {words:?}: {error:?}");
-        error
-    }
-}
+use crate::shell::Shell;
 
 #[test]
 fn a_cluster_is_run_from_the_command_line() {
     let _turn = turn();
     let cluster = Cluster::build(spec()).unwrap();
     cluster.power_on_all().unwrap();
-    let on = |host| Shell { cluster: &cluster, host };
+    let on = |host| Shell::on(&cluster, host);
     let n1 = on("n1");
 
     assert!(n1.fails(&["vm", "list"], 1).contains("cluster"));

@@ -4,6 +4,7 @@
 #![allow(missing_docs)]
 
 mod bench;
+mod shell;
 
 mod agent_killed;
 mod agent_stopped;
@@ -25,6 +26,7 @@ mod migration;
 mod migration_faults;
 mod node_removed;
 mod one_way;
+mod outside;
 mod partition;
 mod power_loss;
 mod qemu_killed;
