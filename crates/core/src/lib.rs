@@ -16,6 +16,7 @@ pub mod placement;
 pub mod plan;
 pub mod quorum;
 pub mod state;
+pub mod watchdog;
 pub mod what_if;
 pub mod witness;
 
