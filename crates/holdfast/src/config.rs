@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::keeper::watchdog::Choice;
+
 /// Where the configuration is looked for when no file is named.
 pub const DEFAULT_PATH: &str = "/etc/holdfast/config.toml";
 
@@ -32,6 +34,8 @@ pub struct Config {
     pub qemu: PathBuf,
     /// Where the fence agents are, which switch other nodes' hosts off.
     pub fence_agents_dir: PathBuf,
+    /// The hardware watchdog: `auto`, `none`, or a device like `/dev/watchdog0`.
+    pub watchdog: String,
     /// Memory that VMs may use, in bytes or as `12G`; what the host has, less
     /// `reserve_memory`, when empty.
     pub memory: String,
@@ -56,6 +60,7 @@ impl Default for Config {
             port: 7470,
             qemu: "qemu-system-x86_64".into(),
             fence_agents_dir: "/usr/sbin".into(),
+            watchdog: "auto".into(),
             memory: String::new(),
             reserve_memory: "1G".into(),
             cpus: 0,
@@ -95,6 +100,7 @@ impl Config {
         };
         set("HOLDFAST_NODE_NAME", &mut self.node_name);
         set("HOLDFAST_SITE", &mut self.site);
+        set("HOLDFAST_WATCHDOG", &mut self.watchdog);
         set("HOLDFAST_MEMORY", &mut self.memory);
         set("HOLDFAST_RESERVE_MEMORY", &mut self.reserve_memory);
         set("HOLDFAST_LOG", &mut self.log);
@@ -135,7 +141,16 @@ impl Config {
             parse_size(&self.memory)?;
         }
         parse_size(&self.reserve_memory)?;
+        self.watchdog()?;
         Ok(())
+    }
+
+    /// Which hardware watchdog the keeper uses.
+    ///
+    /// # Errors
+    /// Says what can be chosen.
+    pub fn watchdog(&self) -> Result<Choice> {
+        self.watchdog.parse().map_err(anyhow::Error::msg)
     }
 
     /// The site at which this host stands, if it was said.
@@ -211,6 +226,18 @@ mod tests {
         assert_eq!((config.port, config.memory.as_str()), (2000, "4G"));
         assert!(config.overlay(|key| (key == "HOLDFAST_PORT").then(|| "x".into())).is_err());
         assert!(toml::from_str::<Config>("prot = 1000").is_err());
+    }
+
+    #[test]
+    fn only_a_watchdog_is_taken_for_one() {
+        let chosen = |watchdog: &str| Config { watchdog: watchdog.into(), ..Config::default() }.watchdog();
+        assert_eq!(chosen("auto").unwrap(), Choice::Auto);
+        assert_eq!(chosen("none").unwrap(), Choice::Never);
+        assert_eq!(chosen("/dev/watchdog").unwrap(), Choice::Named("watchdog0".into()));
+        assert_eq!(chosen("/dev/watchdog7").unwrap(), Choice::Named("watchdog7".into()));
+        for other in ["", "yes", "/dev/sda", "/dev/watchdog0/../sda", "watchdog0"] {
+            assert!(chosen(other).is_err(), "{other}");
+        }
     }
 
     #[test]

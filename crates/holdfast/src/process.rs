@@ -13,6 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::agent::Agent;
 use crate::config::Config;
+use crate::keeper::watchdog::Watchdogs;
 use crate::keeper::{Keeper, KeeperConfig};
 
 /// The group whose members may use the agent's socket.
@@ -64,7 +65,8 @@ fn run_keeper(path: Option<&Path>) -> Result<()> {
         agent.extend(["--config".into(), path.into()]);
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    Ok(Keeper::run(KeeperConfig { run_dir: config.run_dir, agent, drain: DRAIN })?)
+    let watchdogs = Watchdogs::of_host(config.watchdog()?);
+    Ok(Keeper::run(KeeperConfig { run_dir: config.run_dir, agent, drain: DRAIN, watchdogs })?)
 }
 
 fn run_agent(path: Option<&Path>) -> Result<()> {

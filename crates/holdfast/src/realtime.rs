@@ -109,6 +109,49 @@ pub fn pidfd_kill(fd: RawFd) -> io::Result<bool> {
     }
 }
 
+/// What a watchdog's driver says of it: `struct watchdog_info` of linux/watchdog.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WatchdogSupport {
+    /// What it can do: `WDIOF_*`.
+    pub options: u32,
+    /// The version of its firmware.
+    pub firmware: u32,
+    /// What it is, filled up with zeros.
+    pub identity: [u8; 32],
+}
+
+mod ioctls {
+    nix::ioctl_read!(get_support, b'W', 0, super::WatchdogSupport);
+    nix::ioctl_read!(keepalive, b'W', 5, libc::c_int);
+    nix::ioctl_readwrite!(set_timeout, b'W', 6, libc::c_int);
+}
+
+/// Asks an open watchdog what it can do.
+pub fn watchdog_support(watchdog: impl AsFd) -> io::Result<WatchdogSupport> {
+    let mut support = WatchdogSupport::default();
+    // SAFETY: the kernel writes one watchdog_info, whose layout this is and for which
+    // every pattern of bits is a value; a file that is no watchdog gives an error.
+    unsafe { ioctls::get_support(watchdog.as_fd().as_raw_fd(), &raw mut support) }?;
+    Ok(support)
+}
+
+/// Sets an open watchdog's time in seconds, and says what the driver made of it.
+pub fn watchdog_set_timeout(watchdog: impl AsFd, seconds: u32) -> io::Result<u32> {
+    let mut value = libc::c_int::try_from(seconds).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads and writes one int, which outlives the call.
+    unsafe { ioctls::set_timeout(watchdog.as_fd().as_raw_fd(), &raw mut value) }?;
+    u32::try_from(value).map_err(io::Error::other)
+}
+
+/// Feeds an open watchdog.
+pub fn watchdog_feed(watchdog: impl AsFd) -> io::Result<()> {
+    let mut unused: libc::c_int = 0;
+    // SAFETY: this ioctl is declared with an int, which drivers leave alone or write.
+    unsafe { ioctls::keepalive(watchdog.as_fd().as_raw_fd(), &raw mut unused) }?;
+    Ok(())
+}
+
 /// What a child becomes, prepared so that nothing needs memory after the fork.
 pub struct Image {
     argv: Vec<CString>,

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use holdfast_core::watchdog::Standing;
 use holdfast_core::{Epoch, Incarnation, NodeTerm, VmId};
 use tokio::sync::{Mutex, mpsc, watch};
 
@@ -29,6 +30,8 @@ pub struct View {
     pub processes: BTreeMap<VmId, BTreeMap<Epoch, VmProcess>>,
     /// Those that were alive when the lease ended.
     pub fenced: BTreeSet<(VmId, Epoch)>,
+    /// How this host's watchdog stands; `None` before it was told.
+    pub watchdog: Option<Standing>,
 }
 
 impl View {
@@ -71,6 +74,7 @@ impl KeeperLink {
                 view.incarnation = greeting.incarnation;
                 view.held = greeting.lease.held;
                 view.term = greeting.lease.term;
+                view.watchdog = Some(greeting.watchdog);
             });
             link.store(greeting.vms);
         }
@@ -98,6 +102,15 @@ impl KeeperLink {
                     });
                 }
                 Event::Exited { .. } => {}
+                Event::WatchdogChanged => {
+                    match self.client.call(Request::Hello, DEADLINE).await {
+                        Ok(Reply::Hello(greeting)) => {
+                            self.view.send_modify(|view| view.watchdog = Some(greeting.watchdog));
+                        }
+                        outcome => tracing::warn!(?outcome, "the keeper did not say how its watchdog stands"),
+                    }
+                    continue;
+                }
             }
             if let Err(error) = self.refresh().await {
                 tracing::warn!(%error, "the keeper did not list its VMs");

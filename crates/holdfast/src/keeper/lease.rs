@@ -382,6 +382,9 @@ impl LeaseThread {
             self.end_lease(now);
         }
         let granted = self.lease.grant(grant, now);
+        if granted != Granted::Ignored {
+            self.table.lasting(grant.timing.length_ms);
+        }
         match granted {
             Granted::Ignored => return granted,
             // VMs of an earlier term have to be dead before the new one counts.

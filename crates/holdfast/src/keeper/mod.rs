@@ -6,7 +6,9 @@
 //!  main thread                                lease thread (real-time)
 //!  ├─ forks, reaps, restarts the agent        ├─ heartbeats, grants
 //!  ├─ keeper.sock: protocol, control          └─ kills all VMs when the lease ends
-//!  └─ one poll loop                              shared: table (atomics), two queues
+//!  └─ one poll loop                            watchdog thread (real-time)
+//!                                              └─ feeds the hardware watchdog
+//!       shared: table (atomics), queues
 //! ```
 //! All children are forked by the main thread, because the kernel ties their
 //! PR_SET_PDEATHSIG to the forking *thread*: they die with the keeper.
@@ -27,6 +29,7 @@ mod lease;
 mod leftovers;
 mod table;
 mod vms;
+pub mod watchdog;
 
 #[cfg(test)]
 mod tests;
@@ -41,6 +44,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use holdfast_core::watchdog::{DEATH_MS, Standing};
 use holdfast_core::{Incarnation, NodeId};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -58,6 +62,7 @@ use self::leftovers::{Leftover, Records};
 use self::protocol::{Configuration, Event, Exit, Greeting, Refusal, Reply, Request};
 use self::table::Table;
 use self::vms::{Due, Vms};
+use self::watchdog::{WatchdogLine, Watchdogs};
 use crate::heartbeat::{KeyError, draw};
 use crate::realtime::{LEASE_PRIORITY, go_realtime, lock_memory};
 
@@ -65,7 +70,7 @@ use crate::realtime::{LEASE_PRIORITY, go_realtime, lock_memory};
 pub const SOCKET: &str = "keeper.sock";
 
 /// How long VMs may take to die from SIGKILL before that is called a failure.
-const DEATH: Duration = Duration::from_secs(5);
+const DEATH: Duration = Duration::from_millis(DEATH_MS);
 
 /// How long an earlier keeper may take to let go of the run directory.
 const HANDOVER: Duration = Duration::from_secs(2);
@@ -85,6 +90,8 @@ pub struct KeeperConfig {
     /// How long the agent may take to end when the keeper is told to stop: time
     /// in which it moves the VMs away.
     pub drain: Duration,
+    /// The hardware watchdog.
+    pub watchdogs: Watchdogs,
 }
 
 /// Why a keeper cannot run, or did not end well.
@@ -138,6 +145,7 @@ pub struct Keeper {
     /// Waits until the leftovers are dead.
     configured: Option<Box<Heartbeating>>,
     lease: LeaseLine,
+    watchdog: WatchdogLine,
     ending: Option<Ending>,
     /// Held for the keeper's whole life.
     _lock: Flock<File>,
@@ -205,6 +213,11 @@ impl Keeper {
         let control = Control::listen(&socket).map_err(file(&socket))?;
         let table = Arc::new(Table::new());
         let lease = start_lease_thread(life, &table).map_err(system("a lease thread"))?;
+        let watchdog = WatchdogLine::start(config.watchdogs.clone(), &run_dir, &table, &lease.notify)
+            .map_err(system("a watchdog thread"))?;
+        if leftovers.is_empty() {
+            watchdog.cleared();
+        }
         if let Err(error) = lock_memory() {
             tracing::warn!(%error, "cannot lock memory: under memory pressure this node may lose its lease (needs CAP_IPC_LOCK)");
         }
@@ -223,6 +236,7 @@ impl Keeper {
             identity: None,
             configured: None,
             lease,
+            watchdog,
             ending: None,
             _lock: lock,
         })
@@ -283,7 +297,7 @@ impl Keeper {
     /// Everything that is due; `Some` when the keeper has come to its end.
     fn turn(&mut self) -> Option<Result<(), KeeperError>> {
         self.control.accept();
-        self.hear_lease_thread();
+        self.hear_threads();
         for tag in self.vms.reports().map(|(tag, _)| tag).collect::<Vec<_>>() {
             let due = self.vms.read_report(tag);
             self.answer(due);
@@ -300,7 +314,7 @@ impl Keeper {
         }
     }
 
-    fn hear_lease_thread(&mut self) {
+    fn hear_threads(&mut self) {
         let _ = self.lease.notify.read();
         while let Ok(message) = self.lease.inbox.try_recv() {
             match message {
@@ -314,6 +328,18 @@ impl Keeper {
                 }
                 FromLease::Retired(_) => {}
             }
+        }
+        if let Some(standing) = self.watchdog.heard() {
+            match standing {
+                Standing::Left { .. } => {
+                    tracing::error!(
+                        ?standing,
+                        "VMs of a lease that is over are not dead: the watchdog is not fed any more"
+                    );
+                }
+                _ => tracing::info!(?standing, "the watchdog stands otherwise"),
+            }
+            self.control.publish(Event::WatchdogChanged);
         }
     }
 
@@ -348,6 +374,7 @@ impl Keeper {
         self.control.publish(Event::Exited { vm: tag.vm, epoch: tag.epoch, exit });
         // The lease thread may be waiting for the last one to be dead.
         let _ = self.lease.wake.write(1);
+        self.watchdog.look();
     }
 
     fn answer(&mut self, due: impl IntoIterator<Item = Due>) {
@@ -377,7 +404,11 @@ impl Keeper {
             Request::Hello => Ok(Reply::Hello(self.greeting())),
             Request::Configure(configuration) => self.configure(&configuration),
             Request::Start(_) if self.ending.is_some() => Err(Refusal::Stopping),
-            Request::Start(wanted) => return self.vms.start(asked, &wanted),
+            Request::Start(wanted) => {
+                let due = self.vms.start(asked, &wanted);
+                self.watchdog.look();
+                return due;
+            }
             Request::Retire(tag) => self.vms.retire(tag),
             Request::Kill(tag) => return self.vms.kill(asked, tag),
             Request::End => {
@@ -402,6 +433,7 @@ impl Keeper {
             version: env!("CARGO_PKG_VERSION").into(),
             lease: self.table.view(),
             leftovers: self.leftovers.iter().map(Leftover::describe).collect(),
+            watchdog: self.watchdog.standing().clone(),
             vms: self.vms.list(),
         }
     }
@@ -443,6 +475,7 @@ impl Keeper {
         self.leftovers.retain_mut(|leftover| !records.dead(leftover));
         if self.leftovers.is_empty() {
             tracing::info!("everything that an earlier keeper ran is dead");
+            self.watchdog.cleared();
             self.hand_over_configuration();
         } else if Instant::now() >= self.retry_at {
             for leftover in &self.leftovers {
@@ -488,6 +521,7 @@ impl Keeper {
 
     /// The lease is given up last, when no VM can be using it.
     fn finish(self) {
+        self.watchdog.stop();
         let told = self.lease.outbox.try_send(ToLease::Stop);
         let _ = self.lease.wake.write(1);
         if told.is_ok() && self.lease.thread.join().is_err() {

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use holdfast_core::lease::BootTime;
+use holdfast_core::watchdog::Standing;
 use holdfast_core::{Epoch, Generation, Incarnation, NodeId, NodeTerm, VmId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -165,6 +166,8 @@ pub struct Greeting {
     pub lease: LeaseView,
     /// Processes of an earlier keeper that are not dead yet: no lease before they are.
     pub leftovers: Vec<String>,
+    /// How this host's watchdog stands.
+    pub watchdog: Standing,
     /// As in [`Reply::Vms`].
     pub vms: Vec<VmProcess>,
 }
@@ -257,6 +260,8 @@ pub enum Event {
         /// How many were killed for it.
         killed: u32,
     },
+    /// The watchdog stands otherwise: [`Request::Hello`] tells how.
+    WatchdogChanged,
 }
 
 /// Why a request was not granted. Nothing changed, except where it says so.

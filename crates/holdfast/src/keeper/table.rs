@@ -1,4 +1,4 @@
-//! What the lease thread and the main thread share: whether VMs may run, and the
+//! What the keeper's threads share: whether VMs may run, and the
 //! processes that must not outlive that.
 //!
 //! No lock: the lease thread has real-time priority and must never wait for a
@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64};
 
 use holdfast_core::NodeTerm;
 use holdfast_core::lease::BootTime;
+use holdfast_core::watchdog::Seen;
 
 use super::protocol::{LeaseView, Refusal};
 use crate::realtime::{boot_time, pidfd_kill};
@@ -30,12 +31,13 @@ pub const CAPACITY: usize = 512;
 const FREE: i32 = -1;
 const NEVER: u64 = u64::MAX;
 
-/// Shared by the keeper's two threads.
+/// Shared by the keeper's threads.
 pub struct Table {
     /// Odd while VMs may run.
     generation: AtomicU64,
     term: AtomicU64,
     ends: AtomicU64,
+    length_ms: AtomicU64,
     late_us: AtomicU64,
     /// Odd while [`Table::kill_all`] is going through the slots.
     passes: AtomicU64,
@@ -53,6 +55,7 @@ impl Table {
             generation: AtomicU64::new(0),
             term: AtomicU64::new(0),
             ends: AtomicU64::new(0),
+            length_ms: AtomicU64::new(0),
             late_us: AtomicU64::new(NEVER),
             passes: AtomicU64::new(0),
             pidfds: [const { AtomicI32::new(FREE) }; CAPACITY],
@@ -75,6 +78,11 @@ impl Table {
     /// Lease thread: they may run longer.
     pub fn renew(&self, ends: BootTime) {
         self.ends.store(ends.0, SeqCst);
+    }
+
+    /// Lease thread: how long leases are, in milliseconds.
+    pub fn lasting(&self, length_ms: u64) {
+        self.length_ms.store(length_ms, SeqCst);
     }
 
     /// Lease thread: no VM may start any more; the running ones are to be killed next.
@@ -105,9 +113,17 @@ impl Table {
         self.late_us.store(late_us, SeqCst);
     }
 
-    /// Lease thread: whether every VM was seen dead.
+    /// Lease thread, watchdog thread: whether every VM was seen dead.
     pub fn all_dead(&self) -> bool {
         self.pidfds.iter().all(|slot| slot.load(SeqCst) == FREE)
+    }
+
+    /// Watchdog thread: whether VMs may run, and whether any is alive. In this order:
+    /// a table that is open again has seen the VMs of the last lease die.
+    pub fn seen(&self, now: BootTime) -> Seen {
+        let alive = !self.all_dead();
+        let ends = BootTime(self.ends.load(SeqCst));
+        Seen { held: self.open() && now < ends, ends, alive, lease_ms: self.length_ms.load(SeqCst) }
     }
 
     /// Main thread: may a VM of `term` start?

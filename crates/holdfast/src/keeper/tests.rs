@@ -1,6 +1,7 @@
 //! What a keeper promises, tried on real processes.
 
 mod lab;
+mod watchdog;
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;

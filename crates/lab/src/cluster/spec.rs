@@ -91,6 +91,8 @@ impl ClusterSpec {
             ("run_dir".to_owned(), directory("run")),
             ("volumes_dir".to_owned(), directory("clusterstorage")),
             ("fence_agents_dir".to_owned(), fence_agents.display().to_string()),
+            // All hosts are one machine, and that must not be reset.
+            ("watchdog".to_owned(), "none".to_owned()),
             ("memory".to_owned(), self.memory_per_node.clone()),
             ("log".to_owned(), self.log.clone()),
         ]);

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use super::super::client::{ClientError, KeeperClient};
 use super::super::protocol::*;
+use super::super::watchdog::{Choice, stand_in};
 use super::super::*;
 use crate::heartbeat::SecretKey;
 use crate::leases::tests::loopback;
@@ -29,6 +30,7 @@ pub const TIMING: LeaseTiming = LeaseTiming { length_ms: 600, heartbeat_ms: 50 }
 pub const DEFAULT_PROFILE: LeaseTiming = LeaseTiming { length_ms: 1_500, heartbeat_ms: 100 };
 
 pub const RUN_DIR: &str = "HOLDFAST_TEST_RUN_DIR";
+const WATCHDOG: &str = "HOLDFAST_TEST_WATCHDOG";
 
 /// Not a test: the keeper that the tests start.
 #[test]
@@ -39,7 +41,12 @@ fn keeper_process() {
     };
     let agents = run_dir.join("agents");
     let agent = format!("echo $$ >> {}; exec sleep 1000", agents.display());
-    let config = KeeperConfig { run_dir, agent: ["sh", "-c", &agent].map(OsString::from).to_vec(), drain: SOON };
+    let watchdogs = match std::env::var_os(WATCHDOG) {
+        Some(root) => stand_in::at(root.into(), Choice::Auto),
+        None => Watchdogs::of_host(Choice::Never),
+    };
+    let agent = ["sh", "-c", &agent].map(OsString::from).to_vec();
+    let config = KeeperConfig { run_dir, agent, drain: SOON, watchdogs };
     if let Err(error) = Keeper::run(config) {
         eprintln!("{error}");
         std::process::exit(3);
@@ -50,6 +57,8 @@ fn keeper_process() {
 pub struct Lab {
     pub directory: TempDir,
     pub leases: Leases,
+    /// Where the keepers' watchdog is; without, they use none.
+    pub watchdog: Option<PathBuf>,
 }
 
 pub struct Running {
@@ -89,7 +98,7 @@ impl Lab {
         })
         .unwrap();
         let directory = tempfile::tempdir().unwrap();
-        Lab { directory, leases }
+        Lab { directory, leases, watchdog: None }
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -106,6 +115,7 @@ impl Lab {
             .arg(std::env::current_exe().unwrap())
             .args(["--exact", &role, "--ignored", "--nocapture", "--test-threads=1"])
             .env(RUN_DIR, self.run_dir())
+            .envs(self.watchdog.iter().map(|root| (WATCHDOG, root)))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
@@ -212,6 +222,11 @@ impl Running {
             Ok(Reply::Started { pid }) => pidfd_open(pid).unwrap(),
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Events until this one.
+    pub async fn until(&mut self, wanted: Event) {
+        while self.event().await != wanted {}
     }
 
     pub async fn event(&mut self) -> Event {
