@@ -49,3 +49,32 @@ pub struct FenceTestView {
     /// What it showed, for a person.
     pub text: String,
 }
+
+/// A node's hardware watchdog.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct WatchdogView {
+    /// How it stands.
+    pub state: WatchdogState,
+    /// The device; absent when none is used.
+    pub device: Option<String>,
+    /// What the device says that it is.
+    pub identity: Option<String>,
+    /// How long after its last feeding it resets the host, while it is armed.
+    pub timeout_s: Option<u32>,
+    /// Why none is used.
+    pub why: Option<String>,
+}
+
+/// How a hardware watchdog stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WatchdogState {
+    /// None is used.
+    Absent,
+    /// It is armed when a VM runs.
+    Ready,
+    /// It is armed and fed.
+    Armed,
+    /// It is armed and not fed any more: it resets the host.
+    Left,
+}

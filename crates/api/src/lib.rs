@@ -23,7 +23,7 @@ mod witness;
 
 pub use cluster::{ClusterView, Counts, FoundCluster, Founded, HandOver, HandedOver, ProfileName, Quorum, SetProfile};
 pub use error::{ErrorBody, ErrorDetail};
-pub use fencing::{FenceTestView, FencingView, SetFencing};
+pub use fencing::{FenceTestView, FencingView, SetFencing, WatchdogState, WatchdogView};
 pub use job::{Event, JobOutcome, JobState, JobView, Moved, Severity};
 pub use network::{AddSwitch, NetworkView, SetNetwork, SwitchKind, SwitchView};
 pub use node::{Address, JoinCluster, JoinLine, MakeJoinToken, NodeState, NodeView, SetNode};

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::FencingView;
+use crate::{FencingView, WatchdogView};
 
 /// A host that belongs to the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -53,6 +53,9 @@ pub struct NodeView {
     pub fencing: String,
     /// How its power can be switched off; absent when nobody has said how.
     pub power_fencing: Option<FencingView>,
+    /// Its hardware watchdog, as its keeper says; absent while that is not known.
+    #[serde(default)]
+    pub watchdog: Option<WatchdogView>,
     /// When it joined.
     pub joined_ms: u64,
     /// The newest machine type that its QEMU offers.

@@ -68,6 +68,9 @@ pub struct NodeReport {
     /// How it stands to the witness.
     #[serde(default)]
     pub witness: Option<WitnessReport>,
+    /// How its host's watchdog stands.
+    #[serde(default)]
+    pub watchdog: Option<crate::watchdog::Standing>,
 }
 
 /// What a node says of the witness.

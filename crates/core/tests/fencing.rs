@@ -67,6 +67,15 @@ fn a_coordinator_that_hears_less_than_half_blames_itself() {
 }
 
 #[test]
+fn everybody_learns_that_a_watchdog_is_about_to_reset_a_host() {
+    let (mut lab, node) = suspected(3, 0);
+    lab.ask(Command::WatchdogLeft { node, device: "/dev/watchdog0".into(), timeout_s: 10 });
+    let event = lab.state.events.back().unwrap();
+    assert_eq!((event.severity, &event.subject), (Severity::Error, &format!("node {}", lab.state.node_name(node))));
+    assert!(event.text.contains("/dev/watchdog0 is not fed any more and resets it within 10 s"), "{}", event.text);
+}
+
+#[test]
 fn a_confirmed_power_cut_ends_a_term_before_its_lease() {
     let (mut lab, node) = suspected(3, 800);
     lab.observed.nodes.get_mut(&node).unwrap().fence = Some(word(1, Some(0), Some(2)));

@@ -74,6 +74,16 @@ pub enum Command {
         /// What went wrong.
         why: String,
     },
+    /// A node does not feed its hardware watchdog any more: VMs of a lease that is over
+    /// were not shown dead. Said by the node, if it still can.
+    WatchdogLeft {
+        /// Which node.
+        node: NodeId,
+        /// The watchdog.
+        device: String,
+        /// How long after its last feeding it resets the host, in seconds.
+        timeout_s: u32,
+    },
     /// Says where a node stands; votes are spread over sites.
     SetSite {
         /// Which.

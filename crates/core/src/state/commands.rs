@@ -28,6 +28,7 @@ impl ClusterState {
             Command::FenceTested { node, agent, test } => self.fence_tested(node, &agent, test),
             Command::AskFence { node } => self.ask_fence(at_ms, by, node),
             Command::FenceFailed { node, term, why } => self.fence_failed(at_ms, node, term, &why),
+            Command::WatchdogLeft { node, device, timeout_s } => self.watchdog_left(at_ms, node, &device, timeout_s),
             Command::SetSite { node, site } => self.set_site(at_ms, by, node, site),
             Command::ForceQuorum { generation, node, with } => self.force_quorum(at_ms, by, generation, node, &with),
             Command::VotesMoved { voters } => Ok(self.votes_moved(at_ms, voters)),

@@ -72,6 +72,15 @@ impl ClusterState {
         self.event(at_ms, Severity::Warning, format!("node {name}"), text);
         Ok(Reply::Done)
     }
+
+    pub(super) fn watchdog_left(&mut self, at_ms: u64, id: NodeId, device: &str, timeout_s: u32) -> Executed {
+        let name = self.nodes.get(&id).ok_or_else(|| Refusal::unknown("node", id))?.name.clone();
+        let text = format!(
+            "VMs of a lease that is over could not be shown dead: its watchdog {device} is not fed any more and resets it within {timeout_s} s"
+        );
+        self.event(at_ms, Severity::Error, format!("node {name}"), text);
+        Ok(Reply::Done)
+    }
 }
 
 /// An agent is named, never given as a path: its name becomes a program to run as

@@ -179,6 +179,7 @@ impl Agent {
             tokio::time::sleep(ASK_AGAIN).await;
         }
         tokio::spawn(self.clone().keep_facts(member));
+        tokio::spawn(self.clone().keep_watchdog(member));
         tokio::spawn(self.clone().keep_volumes(member));
         tokio::spawn(self.clone().keep_guests(member));
         tokio::spawn(self.clone().keep_disks(member));

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use holdfast_core::watchdog::Standing;
 use holdfast_core::*;
 use holdfast_qemu::Binary;
 use serde::{Deserialize, Serialize};
@@ -125,8 +126,33 @@ impl Agent {
             machines,
             addresses: self.addresses().await?,
             version: env!("CARGO_PKG_VERSION").into(),
-            watchdog: Path::new("/dev/watchdog").exists().then(|| "/dev/watchdog".into()),
+            watchdog: self.watchdog().and_then(|standing| Some(standing.device()?.path.clone())),
         })
+    }
+
+    /// How this host's watchdog stands, by its keeper's word.
+    fn watchdog(&self) -> Option<Standing> {
+        self.0.keeper.watch().borrow().watchdog.clone()
+    }
+
+    /// Tells the coordinator how this host's watchdog stands, and everybody when it is
+    /// about to reset the host.
+    pub(super) async fn keep_watchdog(self, member: &'static Member) {
+        let mut keeper = self.0.keeper.watch();
+        loop {
+            let standing = keeper.borrow_and_update().watchdog.clone();
+            member.reports.say(|report| report.watchdog = standing.clone());
+            if let Some(Standing::Left { device, timeout_s }) = &standing {
+                let left =
+                    Command::WatchdogLeft { node: member.me, device: device.path.clone(), timeout_s: *timeout_s };
+                if let Err(error) = self.execute("agent", left).await {
+                    tracing::warn!(%error, "the cluster was not told that the watchdog resets this host");
+                }
+            }
+            if keeper.wait_for(|view| view.watchdog != standing).await.is_err() {
+                return;
+            }
+        }
     }
 
     pub(super) async fn addresses(&self) -> Result<Vec<NodeAddress>, holdfast_vswitch::Error> {

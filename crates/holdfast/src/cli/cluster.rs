@@ -200,6 +200,9 @@ fn show_node(node: &api::NodeView) -> Done {
     if let Some(power) = &node.power_fencing {
         facts.push(("last fence test", fencing::told(power.test.as_ref())));
     }
+    if let Some(watchdog) = &node.watchdog {
+        facts.push(("watchdog", fencing::watchdog(watchdog)));
+    }
     if let Some(silent_ms) = node.silent_ms {
         facts.push(("last answered", format!("{silent_ms} ms ago")));
     }

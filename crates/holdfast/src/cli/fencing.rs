@@ -71,6 +71,17 @@ pub async fn fence(client: &Client, node: &str, yes: bool, json: bool) -> Done {
     }
 }
 
+/// A hardware watchdog, in a few words.
+pub fn watchdog(view: &api::WatchdogView) -> String {
+    let device = output::or_dash(view.device.as_ref());
+    match view.state {
+        api::WatchdogState::Absent => "none is used".into(),
+        api::WatchdogState::Ready => format!("{device}, not armed: no VM runs"),
+        api::WatchdogState::Armed => format!("{device}, armed with {} s", view.timeout_s.unwrap_or_default()),
+        api::WatchdogState::Left => format!("{device}, not fed any more: it resets the host"),
+    }
+}
+
 fn show(view: &api::FencingView) -> Done {
     let options = view.options.iter().map(|(key, value)| format!("{key}={value}"));
     let secrets = view.secrets.iter().map(|key| format!("{key}=(not shown)"));

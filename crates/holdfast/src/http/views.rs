@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use holdfast_api as api;
 use holdfast_core::quorum::Survey;
+use holdfast_core::watchdog::Standing;
 use holdfast_core::*;
 
 pub use fencing::{fence_test, fencing};
@@ -99,6 +100,12 @@ fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
                     .push(format!("node {name} is not heard on network {network}: check its cable or switch there"));
             }
         }
+        if let Some(Standing::Left { device, .. }) = watchdog(from.observed, node) {
+            warnings.push(format!(
+                "node {name} has VMs that could not be shown dead: its watchdog {} resets it",
+                device.path
+            ));
+        }
         let unreachable = report(from.observed, node).map(|report| &report.unreachable);
         for (volume, why) in unreachable.into_iter().flatten() {
             warnings.push(format!("node {name} does not reach volume {volume}: {why}"));
@@ -117,6 +124,12 @@ fn report<'a>(observed: Seen<'a>, node: &Node) -> Option<&'a NodeReport> {
     observed?.get(&node.id)?.report_in_term(node)
 }
 
+/// How a node's watchdog stands. A node without a lease speaks of it too.
+fn watchdog<'a>(observed: Seen<'a>, node: &Node) -> Option<&'a Standing> {
+    let report = observed?.get(&node.id)?.report.as_ref()?;
+    report.watchdog.as_ref().filter(|_| report.incarnation == node.incarnation)
+}
+
 /// The word for a profile.
 pub fn profile(profile: Profile) -> api::ProfileName {
     match profile {
@@ -131,6 +144,7 @@ pub fn node(state: &ClusterState, node: &Node, from: Vantage<'_>) -> api::NodeVi
     let (memory_promised, cpus_promised) = holdfast_core::placement::promised(state, node.id, None);
     let network = |address: &NodeAddress| state.networks.get(&subnet(address)).map(|network| network.name.clone());
     let on_it = |vm: &&Vm| vm.tenures().any(|tenure| tenure.node == node.id && !state.is_void(tenure));
+    let watchdog = watchdog(from.observed, node);
     api::NodeView {
         name: node.name.clone(),
         id: node.id.0,
@@ -165,8 +179,9 @@ pub fn node(state: &ClusterState, node: &Node, from: Vantage<'_>) -> api::NodeVi
         port: node.port,
         version: node.facts.version.clone(),
         vms: state.vms.values().filter(on_it).count(),
-        fencing: fencing::in_words(state, node),
+        fencing: fencing::in_words(state, node, watchdog),
         power_fencing: fencing(state, node.id),
+        watchdog: watchdog.map(fencing::watchdog),
         joined_ms: node.joined_ms,
         newest_machine: node.facts.machines.last().cloned(),
     }

@@ -1,5 +1,6 @@
 use holdfast_core::lease::BootTime;
 use holdfast_core::quorum::{Attendance, Heard};
+use holdfast_core::watchdog::Device;
 
 use super::*;
 
@@ -197,8 +198,35 @@ fn a_node_shows_what_it_has_and_what_is_promised() {
     assert!(view.memory_promised_bytes > 1 << 30);
     assert_eq!(view.addresses[0].network.as_deref(), Some("network-1"));
     assert!(view.fencing.contains("by its lease"), "{}", view.fencing);
+    assert!(view.fencing.contains("no hardware watchdog is used"), "{}", view.fencing);
+    assert_eq!(view.watchdog, None, "its keeper was not heard");
     let view = network(&state, "10.0.0.0/24", &state.networks["10.0.0.0/24"]);
     assert_eq!(view.nodes, ["n1", "n2"]);
+}
+
+#[test]
+fn a_node_shows_how_its_watchdog_stands() {
+    let state = state();
+    let device = Device { path: "/dev/watchdog0".into(), identity: "iTCO_wdt".into() };
+    let show = |standing: Standing| {
+        let mut observed = quiet(10, &state);
+        observed.get_mut(&NodeId(2)).unwrap().report.as_mut().unwrap().watchdog = Some(standing);
+        let view = node(&state, &state.nodes[&NodeId(2)], from(Some(&observed)));
+        (view.watchdog.unwrap(), view.fencing, cluster(&state, from(Some(&observed))).warnings.join("; "))
+    };
+    let (view, words, warnings) = show(Standing::Absent { why: "/dev/watchdog0 is in use by another process".into() });
+    assert_eq!((view.state, view.device), (api::WatchdogState::Absent, None));
+    assert_eq!(view.why.as_deref(), Some("/dev/watchdog0 is in use by another process"));
+    assert!(words.contains("no hardware watchdog is used: /dev/watchdog0 is in use"), "{words}");
+    assert!(!warnings.contains("watchdog"), "{warnings}");
+    let (view, words, _) = show(Standing::Armed { device: device.clone(), timeout_s: 10 });
+    assert_eq!((view.state, view.timeout_s), (api::WatchdogState::Armed, Some(10)));
+    assert_eq!((view.device.as_deref(), view.identity.as_deref()), (Some("/dev/watchdog0"), Some("iTCO_wdt")));
+    assert!(words.contains("resets the host 10 s after it was fed last"), "{words}");
+    let (view, words, warnings) = show(Standing::Left { device, timeout_s: 10 });
+    assert_eq!(view.state, api::WatchdogState::Left);
+    assert!(words.contains("is not fed any more"), "{words}");
+    assert!(warnings.contains("node n2 has VMs that could not be shown dead"), "{warnings}");
 }
 
 #[test]
