@@ -10,7 +10,7 @@
 //! the disk. The disk thread takes what has queued up, writes it, flushes once, then acknowledges.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -34,6 +34,8 @@ const MAX_WRITER_PER_S: u32 = 100_000;
 const WRITE_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a peer may refuse to take an answer before its connection is given up.
 const SEND_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a peer may take to hear that the machine ends.
+const FAREWELL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
 
 /// Who hears how a write ended.
@@ -316,6 +318,11 @@ impl Guest {
             text.push('\n');
             let sent = writer.write_all(text.as_bytes());
             if let Some(power) = power {
+                // What is written is not yet sent: a machine that ends at once may take the
+                // answer with it. The client's end of the conversation shows that it has it.
+                let _ = stream.shutdown(Shutdown::Write);
+                let _ = stream.set_read_timeout(Some(FAREWELL));
+                let _ = reader.by_ref().take(LINE_BYTES).read_until(b'\n', &mut Vec::new());
                 self.request_power(power);
             }
             sent?;
