@@ -6,6 +6,7 @@ use holdfast_api::{DesiredState, VmState};
 use holdfast_lab::cluster::VmTemplate;
 
 use crate::bench::{DEADLINE, refused, three_nodes};
+use crate::postmortem::examine;
 
 #[test]
 fn a_vm_boots_pauses_restarts_stops_and_is_deleted() {
@@ -55,7 +56,8 @@ fn a_vm_boots_pauses_restarts_stops_and_is_deleted() {
     if let Err(error) = ended {
         // Who is to blame: a guest that did not end, or a cluster that did not see it?
         let answer = client.ping(Duration::from_secs(2));
-        panic!("the guest was told to end, and answers {answer:?}: {error:#}");
+        let found = examine(&cluster, &vm);
+        panic!("the guest was told to end, and answers {answer:?}: {error:#}\n{found}");
     }
     cluster.assert_clean(&[(&vm, &[first, second, third])]).unwrap();
 

@@ -4,6 +4,7 @@
 #![allow(missing_docs)]
 
 mod bench;
+mod postmortem;
 mod shell;
 
 mod agent_killed;
@@ -15,6 +16,7 @@ mod command_line;
 mod coordinator_killed;
 mod cut_off;
 mod damaged_files;
+mod demo;
 mod everything_restarts;
 mod fencing;
 mod flapping;
