@@ -10,6 +10,7 @@
 //! tolerated everywhere, and nothing is decided by matching on QEMU's texts
 //! except [`ExitReason`], which only explains.
 
+mod arrival;
 mod binary;
 mod command_line;
 mod console;
@@ -23,6 +24,7 @@ mod program;
 mod qmp;
 mod word;
 
+pub use arrival::Arrival;
 pub use binary::Binary;
 pub use command_line::{Kernel, Launch};
 pub use console::trim_log;
@@ -31,5 +33,7 @@ pub use error::QemuError;
 pub use exit::{Exit, ExitReason};
 pub use image::{Image, QemuImg};
 pub use migration::{Cancelled, Outcome, Step, cancel, prepare_incoming, progress, start, watch};
-pub use qmp::{BlockStats, Event, Identity, MigrationProgress, MigrationStatus, Qmp, RamProgress, RunState, Status};
+pub use qmp::{
+    BlockStats, Event, Identity, MigrationProgress, MigrationStatus, Qmp, RamProgress, RunState, Stamp, Status,
+};
 pub use word::{Role, Word, word};

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::convergence::{Adjustment, Convergence, MigrationSettings};
 use crate::word::{Role, Word, word};
-use crate::{Event, MigrationProgress, MigrationStatus, QemuError, Qmp, RunState};
+use crate::{Event, MigrationProgress, MigrationStatus, QemuError, Qmp, RunState, Stamp};
 
 /// How often progress is asked for; ends are learned from events at once.
 const POLL: Duration = Duration::from_millis(100);
@@ -39,8 +39,8 @@ pub enum Outcome {
     Completed {
         /// From start to end.
         total: Duration,
-        /// How long the guest stood still, by QEMU's account; the target's
-        /// resuming comes on top.
+        /// How long the guest stood still by QEMU's account, from its processors'
+        /// standing still on; the target's resuming comes on top.
         downtime: Duration,
     },
     /// It failed.
@@ -59,8 +59,8 @@ pub enum Outcome {
 pub enum Step {
     /// How far it is.
     Progress(MigrationProgress),
-    /// The guest stands still at the source now, its last part is on its way:
-    /// the moment to announce its hardware addresses at the target.
+    /// The guest stands still at the source now, most likely because its last part
+    /// is on its way: the moment to announce its hardware addresses at the target.
     Switchover,
     /// It did not come to an end and is pressed harder: the guest may stand
     /// still for so long now.
@@ -123,15 +123,16 @@ async fn listening(qmp: &Qmp) -> Result<Option<SocketAddr>, QemuError> {
 }
 
 /// Starts to send the guest to the target that listens on `target`. Does
-/// nothing when a migration is under way already, or has succeeded.
+/// nothing when a migration is under way already, or has succeeded. Returns
+/// when QEMU began, unless somebody else had begun.
 ///
 /// # Errors
 /// [`QemuError::Refused`] when QEMU cannot migrate this guest now;
 /// [`QemuError::NotHere`] when this is no source: it waits for a guest itself.
-pub async fn start(qmp: &Qmp, target: SocketAddr, settings: &MigrationSettings) -> Result<(), QemuError> {
+pub async fn start(qmp: &Qmp, target: SocketAddr, settings: &MigrationSettings) -> Result<Option<Stamp>, QemuError> {
     match word(qmp, Role::Source).await? {
         Word::Kept => {}
-        Word::InFlight | Word::Sent => return Ok(()),
+        Word::InFlight | Word::Sent => return Ok(None),
         other => {
             return Err(QemuError::NotHere { socket: qmp.socket().to_owned(), state: format!("{other:?}") });
         }
@@ -162,10 +163,16 @@ pub async fn start(qmp: &Qmp, target: SocketAddr, settings: &MigrationSettings) 
         parameters["multifd-channels"] = channels.into();
     }
     qmp.migrate_set_parameters(parameters).await?;
+    let mut events = qmp.events();
     match qmp.migrate(&format!("tcp:{target}")).await {
+        // QEMU tells of the beginning before it answers.
+        Ok(()) => Ok(std::iter::from_fn(|| events.try_recv().ok()).find_map(|event| match event {
+            Event::Migration(MigrationStatus::Setup, at) => Some(at),
+            _ => None,
+        })),
         // Somebody else was faster with the same wish.
-        Err(QemuError::Refused { .. }) if !progress(qmp).await?.status.is_over() => Ok(()),
-        other => other,
+        Err(QemuError::Refused { .. }) if !progress(qmp).await?.status.is_over() => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -201,7 +208,8 @@ async fn settled(qmp: &Qmp) -> Result<Word, QemuError> {
 }
 
 /// Follows a migration at its source to its end, pressing it harder when it
-/// does not come to one, and cancelling it when it takes too long.
+/// does not come to one, and cancelling it when it takes too long. `began` is what
+/// [`start`] returned.
 ///
 /// Dropping the future leaves the migration as it is; calling again goes on.
 ///
@@ -211,24 +219,50 @@ async fn settled(qmp: &Qmp) -> Result<Word, QemuError> {
 pub async fn watch(
     qmp: &Qmp,
     settings: &MigrationSettings,
+    began: Option<Stamp>,
     mut on: impl FnMut(Step) + Send,
 ) -> Result<Outcome, QemuError> {
     let mut events = qmp.events();
     let started = Instant::now();
     let mut convergence = Convergence::new(settings);
+    // Since when the guest stands still, for whatever reason; and for this one.
+    let mut stopped: Option<(Stamp, Instant)> = None;
     let mut still_since: Option<Instant> = None;
+    // Whether the migration was seen to be under way since the subscription.
+    let mut under_way = false;
     let mut gave_up: Option<&'static str> = None;
     let mut poll = tokio::time::interval(POLL);
     poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
 
     loop {
         // The first tick comes at once: what happened before the subscription
-        // is found by asking.
-        let mut stopped = false;
+        // is found by asking. When the guest stands still nothing is asked for a
+        // while: QEMU answers when it has time, and what it says by itself
+        // would wait behind that.
         tokio::select! {
+            biased;
             event = events.recv() => match event {
-                Ok(Event::Stop) => stopped = true,
-                Ok(Event::Migration(_) | Event::Closed) | Err(RecvError::Lagged(_)) => {}
+                Ok(Event::Stop(at)) => {
+                    stopped = Some((at, Instant::now()));
+                    poll.reset();
+                    on(Step::Switchover);
+                    continue;
+                }
+                Ok(Event::Resume) => {
+                    (stopped, still_since) = (None, None);
+                    continue;
+                }
+                // The end of what was seen to be under way: the target has confirmed
+                // that it holds the guest, and the guest never goes on here.
+                Ok(Event::Migration(MigrationStatus::Completed, at)) if under_way => {
+                    let since = |earlier: Option<Stamp>| earlier.and_then(|earlier| at.since(earlier));
+                    let stopped = stopped.map(|(at, _)| at);
+                    if let (Some(total), Some(downtime)) = (since(began), since(stopped)) {
+                        return Ok(Outcome::Completed { total, downtime });
+                    }
+                }
+                Ok(Event::Migration(status, _)) if !status.is_over() => continue,
+                Ok(Event::Migration(..) | Event::Closed) | Err(RecvError::Lagged(_)) => {}
                 Ok(_) => continue,
                 Err(RecvError::Closed) => return Err(QemuError::Gone {
                     socket: qmp.socket().to_owned(),
@@ -236,19 +270,22 @@ pub async fn watch(
             },
             _ = poll.tick() => {}
         }
-        if stopped && still_since.is_none() && is_switchover(qmp).await? {
-            still_since = Some(Instant::now());
-            on(Step::Switchover);
-        }
         let progress = progress(qmp).await?;
         if progress.status.is_over() {
             on(Step::Progress(progress.clone()));
             return finish(qmp, progress, gave_up).await;
         }
-        // A lost or late event must not lose the switchover.
-        if still_since.is_none() && progress.status == MigrationStatus::Device {
-            still_since = Some(Instant::now());
-            on(Step::Switchover);
+        under_way = true;
+        if still_since.is_none() {
+            still_since = match stopped {
+                Some((_, at)) => is_switchover(qmp).await?.then_some(at),
+                // A lost event must not lose the switchover.
+                None if progress.status == MigrationStatus::Device => {
+                    on(Step::Switchover);
+                    Some(Instant::now())
+                }
+                None => None,
+            };
         }
         if gave_up.is_none() {
             let stuck = still_since.is_some_and(|at| at.elapsed() >= settings.switchover_deadline);

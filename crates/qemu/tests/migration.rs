@@ -8,8 +8,8 @@ use std::time::Duration;
 use common::{Guest, boot_disk, disk, spec, until, within};
 use holdfast_core::DiskFormat;
 use holdfast_qemu::{
-    Cancelled, MigrationSettings, Outcome, QemuError, Role, RunState, Step, Word, cancel, prepare_incoming, progress,
-    start, watch, word,
+    Arrival, Cancelled, MigrationSettings, Outcome, QemuError, Role, RunState, Step, Word, cancel, prepare_incoming,
+    progress, start, watch, word,
 };
 use tempfile::TempDir;
 
@@ -41,12 +41,16 @@ async fn to_its_end(settings: &MigrationSettings) {
     assert_eq!(says(&target, Role::Target).await, Word::Waiting);
     assert_eq!(says(&source, Role::Source).await, Word::Kept);
     // A guest that is not here must not be continued here.
-    assert!(matches!(target.qmp.resume().await, Err(QemuError::NotHere { .. })));
+    let arrival = Arrival::expect(&target.qmp);
+    for refused in [target.qmp.resume().await, arrival.resume().await] {
+        assert!(matches!(refused, Err(QemuError::NotHere { .. })));
+    }
 
-    start(&source.qmp, address, settings).await.expect("started");
-    start(&source.qmp, address, settings).await.expect("attached");
+    let began = start(&source.qmp, address, settings).await.expect("started");
+    assert!(began.is_some());
+    assert_eq!(start(&source.qmp, address, settings).await.expect("attached"), None);
     let mut switchovers = 0;
-    let outcome = watch(&source.qmp, settings, |step| {
+    let outcome = watch(&source.qmp, settings, began, |step| {
         switchovers += u32::from(step == Step::Switchover);
     });
     let outcome = within("the migration", outcome).await.expect("an outcome");
@@ -55,7 +59,8 @@ async fn to_its_end(settings: &MigrationSettings) {
     };
     assert!(downtime <= total);
     assert_eq!(switchovers, 1);
-    println!("total {total:?}, downtime {downtime:?}");
+    let figures = progress(&source.qmp).await.expect("figures");
+    println!("total {total:?}, downtime {downtime:?}; {:?}, {:?} when asked", figures.total_time(), figures.downtime());
 
     // The source has decided; the target holds the guest and does not run it.
     assert_eq!(says(&source, Role::Source).await, Word::Sent);
@@ -67,8 +72,9 @@ async fn to_its_end(settings: &MigrationSettings) {
     start(&source.qmp, address, settings).await.expect("nothing to do");
     assert_eq!(says(&source, Role::Source).await, Word::Sent);
 
-    target.qmp.resume().await.expect("running");
+    arrival.resume().await.expect("running");
     assert_eq!(says(&target, Role::Target).await, Word::Runs);
+    arrival.resume().await.expect("runs already");
     // What came can go on: as a source it has kept the guest.
     assert_eq!(says(&target, Role::Source).await, Word::Kept);
 }
@@ -87,15 +93,22 @@ async fn completes_over_several_connections() {
 async fn there_and_back_again() {
     let settings = MigrationSettings::default();
     let mut here = Guest::start(&spec(), |_| {}).await;
+    let (mut before, mut came) = (None, None);
     for _ in 0..2 {
         let (there, address) = target(&settings).await;
+        let arrival = Arrival::expect(&there.qmp);
         start(&here.qmp, address, &settings).await.expect("started");
-        let outcome = within("the migration", watch(&here.qmp, &settings, |_| {})).await;
+        let outcome = within("the migration", watch(&here.qmp, &settings, None, |_| {})).await;
         assert!(matches!(outcome, Ok(Outcome::Completed { .. })));
-        there.qmp.resume().await.expect("running");
-        here = there;
+        arrival.resume().await.expect("running");
+        (before, here) = (Some((here, came)), there);
+        came = Some(arrival);
     }
     assert!(here.qmp.query_status().await.expect("a status").running);
+    // The guest came there and went on: a late wish to continue it must not be heard.
+    let (_there, came) = before.expect("a source");
+    let late = came.expect("an arrival").resume().await;
+    assert!(matches!(late, Err(QemuError::NotHere { .. })));
 }
 
 #[tokio::test]
@@ -112,7 +125,7 @@ async fn cancelled_in_the_middle() {
     assert_eq!(says(&source, Role::Source).await, Word::InFlight);
     until("the target to receive", async || (says(&target, Role::Target).await == Word::InFlight).then_some(())).await;
     let watching = source.qmp.clone();
-    let watched = tokio::spawn(async move { watch(&watching, &slow(), |_| {}).await });
+    let watched = tokio::spawn(async move { watch(&watching, &slow(), None, |_| {}).await });
     assert_eq!(cancel(&source.qmp).await.expect("a decision"), Cancelled::Kept);
     let outcome = within("the outcome", watched).await.expect("joined");
     assert_eq!(outcome.expect("an outcome"), Outcome::Cancelled);
@@ -125,7 +138,7 @@ async fn cancelled_in_the_middle() {
     let settings = MigrationSettings::default();
     let (_second, address) = self::target(&settings).await;
     start(&source.qmp, address, &settings).await.expect("started");
-    let outcome = within("the migration", watch(&source.qmp, &settings, |_| {})).await;
+    let outcome = within("the migration", watch(&source.qmp, &settings, None, |_| {})).await;
     assert!(matches!(outcome, Ok(Outcome::Completed { .. })));
 }
 
@@ -139,7 +152,7 @@ async fn a_paused_guest_stays_paused_when_its_migration_fails() {
     // While it is on its way nobody continues it.
     assert!(matches!(source.qmp.resume().await, Err(QemuError::NotHere { .. })));
     target.process.kill();
-    let outcome = within("the outcome", watch(&source.qmp, &settings, |_| {})).await;
+    let outcome = within("the outcome", watch(&source.qmp, &settings, None, |_| {})).await;
     let outcome = outcome.expect("an outcome");
     assert!(
         matches!(&outcome, Outcome::Failed { reason, guest_still_here: true } if !reason.is_empty()),
@@ -158,7 +171,7 @@ async fn the_target_is_killed() {
     let (mut target, address) = target(&settings).await;
     start(&source.qmp, address, &settings).await.expect("started");
     target.process.kill();
-    let outcome = within("the outcome", watch(&source.qmp, &settings, |_| {})).await;
+    let outcome = within("the outcome", watch(&source.qmp, &settings, None, |_| {})).await;
     assert!(matches!(outcome, Ok(Outcome::Failed { guest_still_here: true, .. })));
     let status = source.qmp.query_status().await.expect("a status");
     assert_eq!(status.state, RunState::Running);
@@ -174,7 +187,7 @@ async fn nobody_listens() {
     let settings = MigrationSettings::default();
     let started = start(&source.qmp, SocketAddr::new(LOOPBACK, port), &settings).await;
     if started.is_ok() {
-        let outcome = within("the outcome", watch(&source.qmp, &settings, |_| {})).await;
+        let outcome = within("the outcome", watch(&source.qmp, &settings, None, |_| {})).await;
         assert!(matches!(outcome, Ok(Outcome::Failed { guest_still_here: true, .. })));
     }
     assert_eq!(says(&source, Role::Source).await, Word::Kept);
@@ -188,7 +201,7 @@ async fn the_source_is_killed_before_the_guest_has_arrived() {
     start(&source.qmp, address, &settings).await.expect("started");
     until("the target to receive", async || (says(&target, Role::Target).await == Word::InFlight).then_some(())).await;
     source.process.kill();
-    let outcome = watch(&source.qmp, &settings, |_| {}).await;
+    let outcome = watch(&source.qmp, &settings, None, |_| {}).await;
     assert!(outcome.expect_err("gone").is_gone());
     target.process.ended().await;
 }
@@ -221,7 +234,7 @@ async fn restless(settings: &MigrationSettings) -> (Vec<Step>, Outcome, Guest, T
     let address = prepare_incoming(&target.qmp, LOOPBACK, settings).await.expect("an address");
     start(&source.qmp, address, settings).await.expect("started");
     let mut steps = Vec::new();
-    let outcome = watch(&source.qmp, settings, |step| {
+    let outcome = watch(&source.qmp, settings, None, |step| {
         if !matches!(step, Step::Progress(_)) {
             steps.push(step);
         }

@@ -76,7 +76,7 @@ async fn what_a_newer_qemu_adds_is_tolerated() {
     assert!(!status.state.may_continue());
     assert!(matches!(events.recv().await, Ok(Event::Other { name, .. }) if name == "TELEPORTED"));
     let migration = events.recv().await.expect("an event");
-    assert!(matches!(migration, Event::Migration(status) if status.to_string() == "warping"));
+    assert!(matches!(migration, Event::Migration(status, _) if status.to_string() == "warping"));
     assert!(matches!(events.recv().await, Ok(Event::Other { .. })));
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use holdfast_core::*;
-use holdfast_qemu::{QemuError, Qmp, Role, Word, word};
+use holdfast_qemu::{Arrival, QemuError, Role, Word, word};
 use holdfast_vswitch::{Announcement, tap_name};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
@@ -27,8 +27,8 @@ pub struct Guests {
 pub struct Waiting {
     /// Under which epoch it was started.
     pub epoch: Epoch,
-    /// Its monitor.
-    pub qmp: Qmp,
+    /// What was seen of it since it waits.
+    pub arrival: Arrival,
     /// One for each NIC.
     pub announcements: Vec<Announcement>,
 }
@@ -81,13 +81,13 @@ impl Agent {
         let until = Instant::now() + LAST_STEP;
         let done = loop {
             let done = if paused {
-                match word(&waiting.qmp, Role::Target).await {
+                match word(waiting.arrival.qmp(), Role::Target).await {
                     Ok(Word::Arrived | Word::Runs) => Ok(Run::Paused),
                     Ok(other) => return HandedOver::Again(format!("{other:?}")),
                     Err(error) => Err(error),
                 }
             } else {
-                waiting.qmp.resume().await.map(|()| Run::Running)
+                waiting.arrival.resume().await.map(|()| Run::Running)
             };
             match done {
                 Err(QemuError::NotHere { .. }) if Instant::now() < until => {

@@ -16,7 +16,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::Event;
+use super::{Event, Stamp};
 use crate::QemuError;
 
 /// How many events a slow subscriber may fall behind before it is told so.
@@ -82,6 +82,8 @@ struct Message {
     error: Option<Refusal>,
     event: Option<String>,
     data: Option<Value>,
+    #[serde(default)]
+    timestamp: Stamp,
 }
 
 #[derive(Deserialize)]
@@ -311,7 +313,7 @@ impl Shared {
 
     fn dispatch(&self, message: Message) {
         if let Some(name) = message.event {
-            let event = Event::decode(name, message.data.unwrap_or(Value::Null));
+            let event = Event::decode(name, message.data.unwrap_or(Value::Null), message.timestamp);
             let _ = self.events.send(event);
             return;
         }

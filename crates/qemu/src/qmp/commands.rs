@@ -121,6 +121,12 @@ impl Qmp {
         if status.running {
             return Ok(());
         }
+        self.go_on().await
+    }
+
+    /// Lets the processors run, whatever there is to run: for who knows that the
+    /// guest is here.
+    pub(crate) async fn go_on(&self) -> Result<(), QemuError> {
         self.ask("cont", json!({})).await
     }
 

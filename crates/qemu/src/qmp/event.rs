@@ -1,17 +1,50 @@
 //! What QEMU reports by itself.
 
+use std::time::Duration;
+
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::MigrationStatus;
+
+/// When something happened by the clock of QEMU's host, since 1970: right as far as
+/// that clock is, good for differences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(from = "RawStamp")]
+pub struct Stamp(Duration);
+
+#[derive(Deserialize)]
+struct RawStamp {
+    #[serde(default)]
+    seconds: i64,
+    #[serde(default)]
+    microseconds: i64,
+}
+
+impl From<RawStamp> for Stamp {
+    /// QEMU says -1 when it cannot read its clock.
+    fn from(raw: RawStamp) -> Self {
+        let part = |number: i64| u64::try_from(number).unwrap_or(0);
+        Stamp(Duration::from_secs(part(raw.seconds)) + Duration::from_micros(part(raw.microseconds)))
+    }
+}
+
+impl Stamp {
+    /// How much later than `earlier` it was; `None` when the clock was set back, or
+    /// told nothing.
+    pub fn since(self, earlier: Stamp) -> Option<Duration> {
+        (earlier != Stamp::default()).then(|| self.0.checked_sub(earlier.0)).flatten()
+    }
+}
 
 /// An event. One that this crate does not know, or whose data look different
 /// from what it knows, is [`Event::Other`] and no error.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
-    /// The processors stand still now. On the source of a migration this is
-    /// the moment of the switchover.
-    Stop,
+    /// The processors stand still since then. On the source of a migration this
+    /// is the moment of the switchover.
+    Stop(Stamp),
     /// The processors run now.
     Resume,
     /// The guest was reset.
@@ -45,8 +78,8 @@ pub enum Event {
     Suspend,
     /// The guest woke up.
     Wakeup,
-    /// A migration changed its state.
-    Migration(MigrationStatus),
+    /// A migration changed its state then.
+    Migration(MigrationStatus, Stamp),
     /// A migration started its n-th pass over the RAM.
     MigrationPass(u64),
     /// The connection ended; no event follows.
@@ -61,11 +94,11 @@ pub enum Event {
 }
 
 impl Event {
-    pub(super) fn decode(name: String, data: Value) -> Event {
+    pub(super) fn decode(name: String, data: Value, at: Stamp) -> Event {
         let guest = || data.get("guest").and_then(Value::as_bool).unwrap_or(false);
         let text = |key: &str| data.get(key).and_then(Value::as_str).map(str::to_owned);
         match name.as_str() {
-            "STOP" => Event::Stop,
+            "STOP" => Event::Stop(at),
             "RESUME" => Event::Resume,
             "RESET" => Event::Reset { guest: guest() },
             "POWERDOWN" => Event::Powerdown,
@@ -87,7 +120,7 @@ impl Event {
             "SUSPEND" | "SUSPEND_DISK" => Event::Suspend,
             "WAKEUP" => Event::Wakeup,
             "MIGRATION" => match text("status") {
-                Some(status) => Event::Migration(MigrationStatus::from(status)),
+                Some(status) => Event::Migration(MigrationStatus::from(status), at),
                 None => Event::Other { name, data },
             },
             "MIGRATION_PASS" => match data.get("pass").and_then(Value::as_u64) {

@@ -17,5 +17,5 @@ mod state;
 
 pub use client::Qmp;
 pub use commands::{BlockStats, Identity};
-pub use event::Event;
+pub use event::{Event, Stamp};
 pub use state::{MigrationProgress, MigrationStatus, RamProgress, RunState, Status};

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use holdfast_core::*;
 use holdfast_qemu::{
-    MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Step, Word, cancel, prepare_incoming, progress, start,
-    watch, word,
+    Arrival, MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Stamp, Step, Word, cancel, prepare_incoming,
+    progress, start, watch, word,
 };
 use holdfast_vswitch::tap_name;
 use tokio::time::Instant;
@@ -23,6 +23,9 @@ use super::{Guest, Next, SOON, Wish};
 const CALL: Duration = Duration::from_secs(2);
 /// Between two attempts to reach the target while the guest stands still.
 const CALL_AGAIN: Duration = Duration::from_millis(20);
+/// A migration that is over before tells no progress: agreeing on it would take
+/// time from what it tells of.
+const TELL_AFTER: Duration = Duration::from_millis(250);
 
 impl Guest {
     /// The target: waits for the guest, and for the source's word to continue it.
@@ -78,6 +81,7 @@ impl Guest {
 
     /// From now on the source's calls find the QEMU that waits for the guest.
     async fn expect(&self, qmp: &Qmp, epoch: Epoch) -> anyhow::Result<()> {
+        let arrival = Arrival::expect(qmp);
         let state = self.agent.state();
         let mut announcements = Vec::new();
         let nics = state.vms.get(&self.vm).map(|vm| vm.spec.nics.clone()).unwrap_or_default();
@@ -89,7 +93,7 @@ impl Guest {
                 Err(error) => tracing::warn!(vm = %self.vm, %error, "its hardware address cannot be announced early"),
             }
         }
-        self.member.guests.set_waiting(self.vm, Some(Waiting { epoch, qmp: qmp.clone(), announcements }));
+        self.member.guests.set_waiting(self.vm, Some(Waiting { epoch, arrival, announcements }));
         Ok(())
     }
 
@@ -107,6 +111,7 @@ impl Guest {
             Err(error) if error.is_gone() => return Ok(Next::Soon(SOON)),
             Err(error) => return Err(error.into()),
         };
+        let mut began = None;
         match word(&qmp, Role::Source).await? {
             Word::Sent => return self.hand_over(tenure, to, None).await,
             Word::Kept if give_up => {
@@ -119,23 +124,27 @@ impl Guest {
                 let settings = MigrationSettings::default();
                 let target = address.parse()?;
                 self.begun = Some(to.epoch);
-                if let Err(error) = start(&qmp, target, &settings).await {
-                    self.say(epoch, Run::Kept { why: error.to_string() });
-                    return Ok(Next::Wait);
+                match start(&qmp, target, &settings).await {
+                    Ok(stamp) => began = stamp,
+                    Err(error) => {
+                        self.say(epoch, Run::Kept { why: error.to_string() });
+                        return Ok(Next::Wait);
+                    }
                 }
             }
             Word::InFlight => {}
             other => anyhow::bail!("the source of a migration is in an unexpected state: {other:?}"),
         }
-        self.follow(&qmp, tenure, to).await
+        self.follow(&qmp, tenure, to, began).await
     }
 
     /// Follows a migration to its end, and gives it up when that is wished.
-    async fn follow(&mut self, qmp: &Qmp, tenure: Tenure, to: Tenure) -> anyhow::Result<Next> {
+    async fn follow(&mut self, qmp: &Qmp, tenure: Tenure, to: Tenure, began: Option<Stamp>) -> anyhow::Result<Next> {
         let settings = MigrationSettings::default();
         let (member, vm, epoch) = (self.member, self.vm, tenure.epoch);
+        let tell_from = Instant::now() + TELL_AFTER;
         let on = |step: Step| match step {
-            Step::Progress(progress) if !progress.status.is_over() => {
+            Step::Progress(progress) if !progress.status.is_over() && Instant::now() >= tell_from => {
                 member.reports.say_vm(vm, epoch, Run::Sending { progress: told(&progress) });
             }
             Step::Switchover => {
@@ -150,7 +159,7 @@ impl Guest {
         };
         let mut changes = self.agent.changes();
         let mut given_up = false;
-        let watching = watch(qmp, &settings, on);
+        let watching = watch(qmp, &settings, began, on);
         tokio::pin!(watching);
         let outcome = loop {
             let give_up = matches!(
