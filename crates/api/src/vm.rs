@@ -201,7 +201,7 @@ pub enum VmState {
     Stopping,
     /// It moves while it runs.
     Migrating,
-    /// It should run, but no node has room.
+    /// It should run, but no node has room, or another QEMU has its disk open.
     Waiting,
     /// It should run, but failed.
     Failed,

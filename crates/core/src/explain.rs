@@ -44,11 +44,25 @@ pub fn standing(state: &ClusterState, vm: &Vm) -> String {
                     "{name} should run, but its priority is none, so it was not restarted elsewhere; start it by hand"
                 )
             }
-            (None, true) => format!("{name} should run and is about to be placed"),
+            (None | Some(Hold::DiskLocked { .. }), true) => format!("{name} should run and is about to be placed"),
             (_, false) => format!("{name} is off, as wanted"),
         },
         (_, Placement::On(tenure)) => {
             let node = state.node_name(tenure.node);
+            if let (Some(Hold::DiskLocked { why, tries, .. }), true) = (&vm.hold, vm.desired.wants_qemu()) {
+                let holder = vm.causes.iter().rev().find_map(|because| match because.cause {
+                    Cause::LeaseEnded { node, .. } => Some(state.node_name(node)),
+                    _ => None,
+                });
+                let holder = holder.map_or_else(
+                    || "another QEMU".into(),
+                    |lost| format!("another QEMU, most likely its own on {lost}, whose lease ended,"),
+                );
+                let times = if *tries == 1 { "once".into() } else { format!("{tries} times") };
+                return format!(
+                    "{name} should run on {node} and waits for the image lock that {holder} still has ({why}); tried {times}, it starts when the lock is free"
+                );
+            }
             let how = match vm.seen {
                 Seen::Nothing => "is to start",
                 Seen::Starting => "starts",

@@ -136,6 +136,12 @@ pub enum Run {
         /// What stopped it.
         detail: String,
     },
+    /// Final: another QEMU has a disk open, so this one ended before its guest began;
+    /// the epoch is used up.
+    Locked {
+        /// Which disk.
+        detail: String,
+    },
     /// The guest shut itself down; QEMU waits to be ended.
     GuestShutdown,
 }
@@ -143,7 +149,7 @@ pub enum Run {
 impl Run {
     /// Whether nothing of it is left.
     pub fn is_over(&self) -> bool {
-        matches!(self, Run::Exited { .. } | Run::StartFailed { .. } | Run::Fenced)
+        matches!(self, Run::Exited { .. } | Run::StartFailed { .. } | Run::Fenced | Run::Locked { .. })
     }
 }
 

@@ -88,6 +88,79 @@ fn crashes_are_forgotten_after_their_window() {
     }
 }
 
+fn locked() -> Run {
+    Run::Locked { detail: "the disk image web.qcow2 is in use by another QEMU".into() }
+}
+
+#[test]
+fn a_locked_disk_is_waited_for_ever_more_rarely_and_is_no_crash() {
+    let mut lab = Lab::new(2);
+    let first = lab.running_web(Priority::Medium);
+    lab.lose(first);
+    lab.plan();
+    let other = 3 - first;
+    let mut pauses = Vec::new();
+    for tries in 1..=20 {
+        lab.say(other, WEB, locked());
+        lab.plan();
+        let vm = &lab.state.vms[&WEB];
+        assert!(matches!(vm.hold, Some(Hold::DiskLocked { tries: told, .. }) if told == tries), "{:?}", vm.hold);
+        let began = lab.now_ms;
+        while lab.plan().is_empty() {
+            lab.now_ms += 100;
+        }
+        pauses.push(lab.now_ms - began);
+        assert_eq!((lab.on(WEB), lab.state.vms[&WEB].last_epoch), (Some(other), Epoch(2 + u64::from(tries))));
+    }
+    assert_eq!(pauses[..6], [500, 1000, 2000, 4000, 8000, 8000]);
+    let vm = &lab.state.vms[&WEB];
+    assert_eq!(vm.crashes, []);
+    let told = explain::explain(&lab.state, vm);
+    let standing = &told[0].text;
+    let holder = format!("most likely its own on n{first}, whose lease ended");
+    assert!(standing.contains("waits for the image lock") && standing.contains(&holder), "{standing}");
+    assert!(standing.contains("web.qcow2 is in use by another QEMU"), "{standing}");
+    let tries = told.iter().filter(|line| line.text.contains("in use by another QEMU")).count();
+    assert_eq!(tries, 2, "how it stands, and the last try: {told:?}");
+
+    lab.say(other, WEB, Run::Running);
+    lab.plan();
+    assert_eq!(lab.state.vms[&WEB].hold, None);
+    assert_eq!(lab.state.vms[&WEB].seen, Seen::Running);
+    // What counts begins with what it does itself.
+    lab.say(other, WEB, exited());
+    lab.plan();
+    assert_eq!(lab.state.vms[&WEB].crashes.len(), 1);
+}
+
+/// A VM that waits for its disk, and the node on which it does.
+fn waiting() -> (Lab, u64) {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::Medium);
+    lab.say(node, WEB, exited());
+    lab.plan();
+    lab.say(node, WEB, locked());
+    lab.plan();
+    assert!(matches!(lab.state.vms[&WEB].hold, Some(Hold::DiskLocked { tries: 1, .. })));
+    (lab, node)
+}
+
+#[test]
+fn a_vm_that_waits_for_its_disk_can_be_switched_off() {
+    let (mut lab, _) = waiting();
+    lab.ask(Command::SetDesired { vm: WEB, desired: Desired::Stopped });
+    lab.plan();
+    assert_eq!((lab.on(WEB), &lab.state.vms[&WEB].hold), (None, &None));
+}
+
+#[test]
+fn a_vm_that_waits_for_its_disk_loses_its_node_like_any_other() {
+    let (mut lab, node) = waiting();
+    lab.lose(node);
+    lab.plan();
+    assert_eq!((lab.on(WEB), &lab.state.vms[&WEB].hold), (Some(3 - node), &None));
+}
+
 #[test]
 fn memory_is_never_promised_twice_and_priority_comes_first() {
     let mut lab = Lab::new(2);

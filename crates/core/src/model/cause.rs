@@ -70,6 +70,15 @@ pub enum Cause {
         /// What stopped it.
         detail: String,
     },
+    /// Another QEMU has a disk open.
+    DiskLocked {
+        /// On which node this was found.
+        node: NodeId,
+        /// Under which epoch.
+        epoch: Epoch,
+        /// Which disk.
+        detail: String,
+    },
     /// The guest shut itself down.
     GuestShutdown {
         /// On which node.
@@ -174,6 +183,9 @@ impl fmt::Display for Cause {
             }
             Cause::StartFailed { node, epoch, detail } => {
                 write!(f, "QEMU could not be started on node {node} (epoch {epoch}): {detail}")
+            }
+            Cause::DiskLocked { node, epoch, detail } => {
+                write!(f, "node {node} could not start it (epoch {epoch}): {detail}")
             }
             Cause::GuestShutdown { node, epoch } => {
                 write!(f, "the guest shut down on node {node} (epoch {epoch})")

@@ -289,6 +289,20 @@ pub enum Hold {
     },
     /// Its priority is `none`: it stays off until a user starts it again.
     NotProtected,
+    /// Another QEMU has one of its disks open, most likely its own on a host that was
+    /// lost: it is tried again until that is gone, and no try counts as a crash.
+    DiskLocked {
+        /// Which disk.
+        why: String,
+        /// The epoch of the last try.
+        epoch: Epoch,
+        /// How often it was tried.
+        tries: u32,
+        /// Since when it waits, milliseconds since the Unix epoch.
+        since_ms: u64,
+        /// When the last try was found to have failed, milliseconds since the Unix epoch.
+        tried_ms: u64,
+    },
 }
 
 impl Vm {

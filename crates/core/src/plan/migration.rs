@@ -48,7 +48,7 @@ impl Planner<'_> {
             // The source was never told where to send: the guest is still there.
             (
                 End::Alive(_),
-                End::Alive(Some(Run::StartFailed { detail } | Run::Exited { detail })),
+                End::Alive(Some(Run::StartFailed { detail } | Run::Exited { detail } | Run::Locked { detail })),
                 MoveStage::Preparing,
             ) => {
                 self.decide(Action::AbortMove { vm: vm.id }, kept(format!("the target could not take it: {detail}")));
@@ -86,6 +86,9 @@ impl Planner<'_> {
             }
             End::Alive(Some(Run::StartFailed { detail })) => {
                 Some(Cause::StartFailed { node: tenure.node, epoch: tenure.epoch, detail: detail.clone() })
+            }
+            End::Alive(Some(Run::Locked { detail })) => {
+                Some(Cause::DiskLocked { node: tenure.node, epoch: tenure.epoch, detail: detail.clone() })
             }
             End::Alive(Some(Run::Fenced)) => Some(Cause::Fenced { node: tenure.node, epoch: tenure.epoch }),
             End::Alive(_) => None,

@@ -6,6 +6,12 @@ use crate::placement;
 
 use super::{Action, Ended, Evidence, Planner};
 
+/// How long after a try that found a disk locked the next one follows, in
+/// milliseconds: twice as long each time, up to 8 s.
+fn unlock_pause_ms(tries: u32) -> u64 {
+    500 << tries.saturating_sub(1).min(4)
+}
+
 impl Planner<'_> {
     pub(super) fn vm(&mut self, id: VmId) {
         let Some(vm) = self.state.vms.get(&id).cloned() else {
@@ -78,7 +84,10 @@ impl Planner<'_> {
             Run::Fenced if vm.desired.wants_qemu() => {
                 self.again(vm, tenure, Cause::Fenced { node: tenure.node, epoch: tenure.epoch });
             }
-            Run::Exited { .. } | Run::StartFailed { .. } | Run::Fenced if !vm.desired.wants_qemu() => {
+            Run::Locked { detail } if vm.desired.wants_qemu() => self.locked(vm, tenure, detail),
+            Run::Exited { .. } | Run::StartFailed { .. } | Run::Fenced | Run::Locked { .. }
+                if !vm.desired.wants_qemu() =>
+            {
                 let after = vec![Ended { tenure, evidence: Evidence::Exited }];
                 let asked = vm
                     .causes
@@ -152,6 +161,28 @@ impl Planner<'_> {
                 self.decide(Action::Hold { vm: vm.id, hold: Hold::Failed { why } }, cause);
             }
         }
+    }
+
+    /// Another QEMU has a disk open. That is no fault of this VM: it waits, and is tried
+    /// again under a new epoch, ever more rarely, until the lock is free.
+    fn locked(&mut self, vm: &Vm, tenure: Tenure, why: String) {
+        let now_ms = self.now_ms;
+        let cause = Cause::DiskLocked { node: tenure.node, epoch: tenure.epoch, detail: why.clone() };
+        let (epoch, tried_ms) = (tenure.epoch, now_ms);
+        let hold = match vm.hold {
+            Some(Hold::DiskLocked { epoch: of, tries, tried_ms, .. }) if of == epoch => {
+                // A clock that was set back keeps nobody waiting.
+                if now_ms.abs_diff(tried_ms) >= unlock_pause_ms(tries) {
+                    self.again(vm, tenure, cause);
+                }
+                return;
+            }
+            Some(Hold::DiskLocked { tries, since_ms, .. }) => {
+                Hold::DiskLocked { why, epoch, tries: tries.saturating_add(1), since_ms, tried_ms }
+            }
+            _ => Hold::DiskLocked { why, epoch, tries: 1, since_ms: now_ms, tried_ms },
+        };
+        self.decide(Action::Hold { vm: vm.id, hold }, cause);
     }
 
     /// The old run ended as a restart wanted it: start again, here if possible.

@@ -26,6 +26,7 @@ impl ClusterState {
                 };
                 vm.seen = Seen::Nothing;
                 vm.restart = None;
+                vm.hold.take_if(|hold| matches!(hold, Hold::DiskLocked { .. }));
                 vm.remember(at_ms, "runs nowhere", cause.clone());
                 let (subject, text) = (format!("vm {}", vm.name), format!("is off: {cause}"));
                 self.event(at_ms, Severity::Info, subject, text);
@@ -38,9 +39,20 @@ impl ClusterState {
                     return;
                 };
                 vm.hold = Some(hold.clone());
-                vm.remember(at_ms, "stays off", cause.clone());
-                let (subject, text) = (format!("vm {}", vm.name), format!("stays off: {cause}"));
-                self.event(at_ms, Severity::Error, subject, text);
+                let subject = format!("vm {}", vm.name);
+                match hold {
+                    Hold::DiskLocked { tries, .. } => {
+                        vm.remember_try(at_ms, "waits for its disk", cause);
+                        if *tries == 1 {
+                            let text = format!("waits until its disk is free: {cause}");
+                            self.event(at_ms, Severity::Warning, subject, text);
+                        }
+                    }
+                    _ => {
+                        vm.remember(at_ms, "stays off", cause.clone());
+                        self.event(at_ms, Severity::Error, subject, format!("stays off: {cause}"));
+                    }
+                }
             }
             Action::SwitchOff { vm } => {
                 let Some(vm) = self.vms.get_mut(vm) else {
@@ -163,9 +175,15 @@ impl ClusterState {
         vm.placement = Placement::On(Tenure { node, term, epoch: vm.last_epoch });
         vm.seen = Seen::Nothing;
         vm.restart = None;
-        vm.hold = None;
         let epoch = vm.last_epoch;
-        vm.remember(at_ms, format!("to run on {node_name} (epoch {epoch})"), cause.clone());
+        let what = format!("to run on {node_name} (epoch {epoch})");
+        if let (Cause::DiskLocked { .. }, Some(Hold::DiskLocked { .. })) = (cause, &vm.hold) {
+            // It waits until it was seen to run: one more try is no news.
+            vm.remember_try(at_ms, &what, cause);
+            return;
+        }
+        vm.hold = None;
+        vm.remember(at_ms, what, cause.clone());
         let subject = format!("vm {}", vm.name);
         let severity = match cause {
             Cause::Exited { .. } | Cause::StartFailed { .. } => Severity::Warning,
@@ -202,6 +220,9 @@ impl ClusterState {
             return;
         };
         let was = std::mem::replace(&mut vm.seen, seen.clone());
+        if matches!(seen, Seen::Running | Seen::Paused) {
+            vm.hold.take_if(|hold| matches!(hold, Hold::DiskLocked { .. }));
+        }
         let (subject, node) = (format!("vm {}", vm.name), vm.node());
         let on = node.map_or_else(String::new, |node| format!(" on {}", self.node_name(node)));
         match (was, seen) {

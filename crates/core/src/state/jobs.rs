@@ -66,7 +66,9 @@ impl Vm {
     /// How the wish to have it running has ended, if it has.
     fn started(&self) -> Option<Outcome> {
         match (&self.hold, &self.seen) {
-            (Some(Hold::Failed { why } | Hold::NoRoom { why }), _) => Some(Outcome::Failed { why: why.clone() }),
+            (Some(Hold::Failed { why } | Hold::NoRoom { why } | Hold::DiskLocked { why, .. }), _) => {
+                Some(Outcome::Failed { why: why.clone() })
+            }
             (Some(Hold::NotProtected), _) => Some(Outcome::Failed {
                 why: "its node was lost, and a VM of priority none is not restarted elsewhere".into(),
             }),

@@ -183,4 +183,10 @@ impl Vm {
             self.causes.remove(0);
         }
     }
+
+    /// Keeps of many tries that found a disk locked only the last.
+    fn remember_try(&mut self, at_ms: u64, what: &str, cause: &Cause) {
+        self.causes.pop_if(|last| matches!(last.cause, Cause::DiskLocked { .. }));
+        self.remember(at_ms, what, cause.clone());
+    }
 }

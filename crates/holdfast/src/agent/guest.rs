@@ -214,7 +214,12 @@ impl Guest {
             protocol::Exit::Status(status) => Exit::Code(status),
             protocol::Exit::Signal(signal) => Exit::Signal(signal),
         };
-        Some(Run::Exited { detail: ExitReason::find(exit, &tail).to_string() })
+        let reason = ExitReason::find(exit, &tail);
+        let detail = reason.to_string();
+        Some(match reason {
+            ExitReason::ImageLocked { .. } => Run::Locked { detail },
+            _ => Run::Exited { detail },
+        })
     }
 
     fn log(&self) -> std::path::PathBuf {

@@ -21,7 +21,7 @@ pub enum Refused {
 /// Killed because the lease ended.
 pub const FENCED: &str = "its lease ended";
 const KILLED: &str = "killed";
-const LOCKED: &str = "Failed to get \"write\" lock";
+pub(super) const LOCKED: &str = "Failed to get \"write\" lock";
 
 impl World {
     pub(super) fn start_keeper(&mut self, host: usize) {

@@ -315,7 +315,7 @@ impl World {
                     });
                     roomy.and_then(|node| tell(format!("is held for want of room, but {} has it", node.name)))
                 }
-                None => tell("should run, but is nowhere and nobody says why".into()),
+                Some(Hold::DiskLocked { .. }) | None => tell("should run, but is nowhere and nobody says why".into()),
             },
             (Placement::On(tenure), true) => {
                 let host = &self.hosts[host_of(tenure.node)];

@@ -4,7 +4,7 @@
 use holdfast_core::*;
 
 use super::host::{LeavingState, Qemu, Stage};
-use super::keeper::{FENCED, Refused};
+use super::keeper::{FENCED, LOCKED, Refused};
 use super::{Message, Word, World};
 use crate::clock::MS;
 use crate::mutation::Mutation;
@@ -278,5 +278,9 @@ impl World {
 }
 
 fn ended(why: &str) -> Run {
-    if why == FENCED { Run::Fenced } else { Run::Exited { detail: why.into() } }
+    match why {
+        FENCED => Run::Fenced,
+        LOCKED => Run::Locked { detail: why.into() },
+        _ => Run::Exited { detail: why.into() },
+    }
 }

@@ -57,10 +57,11 @@ pub fn vm_state(vm: &Vm) -> api::VmState {
             Some(Hold::Failed { .. }) => VmState::Failed,
             // It stays off until somebody starts it: that is what off means.
             Some(Hold::NotProtected) => VmState::Off,
-            None => VmState::Starting,
+            Some(Hold::DiskLocked { .. }) | None => VmState::Starting,
         },
         (DiskStage::Ready, Placement::On(_)) => match vm.seen {
             _ if !vm.desired.wants_qemu() || vm.restart == Some(vm.last_epoch) => VmState::Stopping,
+            _ if matches!(vm.hold, Some(Hold::DiskLocked { .. })) => VmState::Waiting,
             Seen::Nothing | Seen::Starting => VmState::Starting,
             Seen::Running => VmState::Running,
             Seen::Paused => VmState::Paused,
@@ -74,6 +75,7 @@ fn hold(vm: &Vm) -> Option<String> {
     vm.hold.as_ref().map(|hold| match hold {
         Hold::NoRoom { why } => format!("no node has room: {why}"),
         Hold::Failed { why } => why.clone(),
+        Hold::DiskLocked { why, .. } => format!("waits for an image lock: {why}"),
         Hold::NotProtected => "its priority is none, so it was not restarted elsewhere: start it by hand".into(),
     })
 }
