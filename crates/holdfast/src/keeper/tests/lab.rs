@@ -140,10 +140,12 @@ impl Lab {
 
     /// Configures the keeper and gives it its lease.
     pub async fn grant(&self, keeper: &mut Running, term: u64) {
+        // It asks already when the coordinator begins: whoever is silent for a lease is
+        // condemned, and on a busy machine that is soon over.
+        assert_eq!(keeper.ask(self.configure()).await, Ok(Reply::Done));
         let nodes = self.admit(keeper.life, term);
         self.leases.become_coordinator(boot_time(), &nodes, TIMING, TIMING).unwrap();
         self.leases.set_authority(FOREVER);
-        assert_eq!(keeper.ask(self.configure()).await, Ok(Reply::Done));
         let term = NodeTerm(term);
         assert_eq!(keeper.event().await, Event::LeaseGained { term });
     }
