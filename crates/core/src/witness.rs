@@ -390,10 +390,10 @@ impl DiskLease {
     }
 
     fn consider(&mut self, done: BootTime, others_active: bool) {
-        if others_active {
-            self.free_since = None;
-        }
-        let free = *self.free_since.get_or_insert(done);
+        // From when nobody was seen active, not from when somebody last was: a node
+        // that looks seldom would go before the one that should host.
+        self.free_since = (!others_active).then(|| self.free_since.unwrap_or(done));
+        let free = self.free_since.unwrap_or(done);
         let stagger = self.timing.stagger_ms();
         let patience = match self.want {
             Want::Nothing => None,

@@ -4,13 +4,22 @@ use holdfast_core::Profile;
 
 use crate::generate::{Plot, plot};
 use crate::mutation::Mutation;
-use crate::world::{Setting, Violation, World};
+use crate::world::{Setting, Tally, Violation, World};
 
 /// After everything works again it may take this long until all is settled: a
 /// multiple of the longest lease, and what jobs and guests take by themselves.
 fn settle_ms(longest_lease_ms: u64) -> u64 {
     3 * longest_lease_ms + 40_000
 }
+
+/// One seed in so many is watched while it rests.
+const RESTS_EVERY: u64 = 8;
+/// Votes that come back do so within so much time, in milliseconds: nothing happened
+/// for so long when the rest begins.
+const VOTES_COME_BACK_MS: u64 = 6_000;
+/// Then nothing may happen for so long, in milliseconds: longer than whoever took the
+/// witness over keeps it from whom it was given to.
+const REST_MS: u64 = 15_000;
 
 /// How a seed is run.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +41,8 @@ pub struct Outcome {
     pub virtual_ms: u64,
     /// How long it took from the heal until everything was settled, in milliseconds.
     pub settled_ms: u64,
+    /// What was counted.
+    pub tally: Tally,
     /// Log entries that were committed.
     pub commits: usize,
     /// Plans that were carried out.
@@ -73,6 +84,7 @@ fn run_plot(seed: u64, plot: &Plot, options: &Options) -> Outcome {
     world.run_until(scripted);
     world.heal();
     let healed = world.now_ms();
+    let mark = world.mark();
     let bound = healed + settle_ms(Profile::Wan.timing().length_ms);
     while world.violation().is_none() {
         let unsettled = world.unsettled();
@@ -86,6 +98,20 @@ fn run_plot(seed: u64, plot: &Plot, options: &Options) -> Outcome {
         let next = world.now_ms() + 500;
         world.run_until(next);
     }
+    let settled = world.now_ms();
+    world.judge_recovery(&mark);
+    if world.violation().is_none() && seed.is_multiple_of(RESTS_EVERY) {
+        while world.quiet_ms() < VOTES_COME_BACK_MS && world.violation().is_none() {
+            if world.now_ms() >= bound {
+                world.not_settled(&["votes or decisions".into()]);
+            }
+            let next = world.now_ms() + 500;
+            world.run_until(next);
+        }
+        let (mark, rested) = (world.mark(), world.now_ms() + REST_MS);
+        world.run_until(rested);
+        world.judge_rest(&mark);
+    }
     if world.violation().is_none() {
         world.judge_log();
     }
@@ -94,7 +120,8 @@ fn run_plot(seed: u64, plot: &Plot, options: &Options) -> Outcome {
         seed,
         violation: world.violation().cloned(),
         virtual_ms: world.now_ms(),
-        settled_ms: world.now_ms().saturating_sub(healed),
+        settled_ms: settled.saturating_sub(healed),
+        tally: world.tally(),
         commits,
         decisions,
         timeline: world.into_timeline(),
@@ -159,6 +186,8 @@ pub struct Exploration {
     pub commits: u64,
     /// The longest that a run took to settle, in milliseconds, and its seed.
     pub slowest_settled_ms: (u64, u64),
+    /// The longest that queues were, and the most that a recovery took: see [`Tally`].
+    pub most: Tally,
     /// Seeds that broke something, at most ten.
     pub failed: Vec<(u64, Violation)>,
     /// How many did.
@@ -180,6 +209,7 @@ impl Exploration {
         self.virtual_ms += outcome.virtual_ms;
         self.commits += outcome.commits as u64;
         self.slowest_settled_ms = self.slowest_settled_ms.max((outcome.settled_ms, outcome.seed));
+        self.most = self.most.or(outcome.tally);
         if let Some(violation) = &outcome.violation {
             self.violations += 1;
             if self.failed.len() < 10 {
@@ -194,6 +224,7 @@ impl Exploration {
         self.virtual_ms += other.virtual_ms;
         self.commits += other.commits;
         self.slowest_settled_ms = self.slowest_settled_ms.max(other.slowest_settled_ms);
+        self.most = self.most.or(other.most);
         self.violations += other.violations;
         self.failed.extend(other.failed);
         self.failed.truncate(10);

@@ -3,7 +3,8 @@
 //! The decision code of `holdfast-core` runs here unchanged: leases on both ends,
 //! `plan`, `check`, `apply`. Around it are hosts with clocks that drift, keepers,
 //! agents, QEMUs, disks and links, a small Raft whose voters follow the nodes, a
-//! witness on a shared disk, users, and a script of faults.
+//! witness on a shared disk, users, and a script of faults,
+//! part of it ambushes that are laid for one rule.
 //! Everything that happens follows from a seed. An oracle that sees all of it says
 //! what was broken:
 //!
@@ -22,6 +23,10 @@
 //!   log read back from its text gives the same state.
 //! * **settles**: once everything works again, within a stated bound, every VM that
 //!   should run and fits does, every job has ended, and nothing is decided any more.
+//! * **nothing swings to and fro** until then: no VM, no vote, no coordinator more
+//!   often than a stated number of times; and **rests when all is well**: for as long
+//!   as some runs are watched afterwards nothing moves.
+//! * **queues have bounds**: what waits for a disk or an answer, what the state keeps.
 //!
 //! What is simpler here than in life: the log of consensus is never cut, a keeper's
 //! VMs die with it at once, clocks drift by up to 4 %, so that two of them and the
@@ -44,4 +49,4 @@ pub use explore::{Caught, Exploration, Failure, Options, Outcome, catch, explore
 pub use mutation::Mutation;
 pub use scenario::play;
 pub use script::{Deed, Fault, NotUnderstood, Scenario, Step, Traffic, Wish};
-pub use world::Violation;
+pub use world::{Tally, Violation};

@@ -13,7 +13,7 @@ const USAGE: &str = "usage:
   sim --seed N            one seed, with its timeline
       --only TEXT         ... with the rule broken that has this in its name
   sim --seeds N           many, from --start S (0); a failing one is shrunk and told
-  sim --mutants           breaks each rule on purpose and says which seed caught it
+  sim --mutants           (also with --seeds) breaks each rule on purpose and says which seed caught it
       --budget N          ... within so many seeds each (2000)
       --only TEXT         ... only those with this in their name
   sim --scenario FILE     plays a scenario file
@@ -76,10 +76,12 @@ fn act(arguments: &Arguments) -> Result<bool, String> {
         (true, json!({}))
     } else if let Some(seed) = arguments.seed {
         one(seed, &arguments.only)
-    } else if arguments.mutants {
-        mutants(arguments.budget, &arguments.only, arguments.threads)
-    } else if let Some(seeds) = arguments.seeds {
-        many(arguments.start, seeds, arguments.threads)
+    } else if arguments.mutants || arguments.seeds.is_some() {
+        let explored = arguments.seeds.map(|seeds| many(arguments.start, seeds, arguments.threads));
+        let broken = arguments.mutants.then(|| mutants(arguments.budget, &arguments.only, arguments.threads));
+        let done: Vec<_> = explored.into_iter().chain(broken).collect();
+        let figures = done.iter().filter_map(|(_, figures)| figures.as_object().cloned()).flatten().collect();
+        (done.iter().all(|(good, _)| *good), serde_json::Value::Object(figures))
     } else {
         return Err("what is to be done?".into());
     };
@@ -139,6 +141,15 @@ fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Valu
         all.violations,
         hours / seconds,
     );
+    let (full, unrest) = (all.most.fullest, all.most.unrest);
+    println!(
+        "at most {} writes and {} proposals waited, {} events, {} ended jobs, {} causes and {} crashes were kept",
+        full[0], full[1], full[2], full[3], full[4], full[5],
+    );
+    println!(
+        "after everything worked again a VM got {} epochs, votes moved in {} steps, {} were elected, at most",
+        unrest[0], unrest[1], unrest[2],
+    );
     for (seed, violation) in &all.failed {
         println!("seed {seed}: BROKEN {}: {}", violation.rule, violation.text);
     }
@@ -152,6 +163,11 @@ fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Valu
         "seeds": all.seeds, "simulated_hours": hours, "violations": all.violations,
         "commits": all.commits, "seeds_per_s": rate, "simulated_hours_per_s": hours / seconds,
         "slowest_settled_ms": slowest,
+        "at_most": {
+            "writes": full[0], "proposals": full[1], "events": full[2], "ended_jobs": full[3], "causes": full[4],
+            "crashes": full[5], "epochs_after_heal": unrest[0], "moves_after_heal": unrest[1],
+            "elections_after_heal": unrest[2],
+        },
     });
     (all.violations == 0, figures)
 }

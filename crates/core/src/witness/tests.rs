@@ -117,6 +117,23 @@ fn a_stand_in_lets_the_host_go_first() {
 }
 
 #[test]
+fn a_stand_in_that_looks_seldom_lets_the_host_go_first_as_well() {
+    let mut world = World::new();
+    let (mut one, mut five) = (world.node(1, Want::Host), world.node(5, Want::StandIn { rank: 4 }));
+    world.until_held(&mut one, 10);
+    world.step(&mut five);
+    assert_eq!(five.active(), Some(NodeId(1)));
+    world.run(&mut one, 500);
+    one.want(Want::Nothing);
+    world.step(&mut one);
+    assert!(matches!(world.step(&mut five), Step::Wait(_)), "it has not seen that yet");
+    assert_eq!(world.step(&mut five), Step::Look);
+    assert_eq!(five.active(), None);
+    let patience = 2 * TIMING.watch_ms();
+    assert!(matches!(five.next(ms(world.now)), Step::Wait(until) if until >= ms(world.now + patience)));
+}
+
+#[test]
 fn of_two_claims_at_once_not_both_win_and_one_wins_in_the_end() {
     let mut world = World::new();
     let (mut one, mut two) = (world.node(1, Want::Host), world.node(2, Want::Host));

@@ -22,6 +22,7 @@ impl World {
         self.tick_consensus(host);
         self.coordinate(host);
         self.reconcile(host);
+        self.judge_queues(host);
         let pace_us = self.hosts[host].pace_us;
         let us = self.draw(pace_us / 4, pace_us);
         self.after_us(us, Event::AgentTick(host, life));

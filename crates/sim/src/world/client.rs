@@ -103,6 +103,7 @@ impl World {
             return;
         }
         client.tries += 1;
+        self.last_asked = self.now;
         if client.tries == 2 && self.setting.mutation == Some(Mutation::TimeoutIsFailure) {
             client.given_up_as_failed = true;
             return;

@@ -124,6 +124,7 @@ impl World {
         self.fault(&Fault::Storm(0, 0, 0));
         self.fault(&Fault::SlowWitness(0));
         self.doomed = None;
+        self.last_heal = self.now;
         for node in 0..self.hosts.len() {
             self.hosts[node].disk_ms = 0;
             for other in 0..self.hosts.len() {

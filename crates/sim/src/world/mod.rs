@@ -11,6 +11,7 @@ mod keeper;
 mod network;
 mod oracle;
 mod queue;
+mod rest;
 mod seats;
 mod shared_disk;
 mod vm_worker;
@@ -30,12 +31,12 @@ use crate::rng::Rng;
 use crate::role::Cast;
 use crate::script::Step;
 
-pub use oracle::Violation;
+pub use oracle::{Tally, Violation};
 
 use client::Client;
 use host::{Host, host_of};
 use network::Links;
-use oracle::{Chain, Tally};
+use oracle::Chain;
 use queue::Queue;
 use shared_disk::{SharedDisk, Transfer};
 use witness::DiskWord;
@@ -209,6 +210,9 @@ pub struct World {
     /// Things break by themselves, too: off once everything is to heal.
     troubled: bool,
     last_decision: u64,
+    last_move: u64,
+    last_asked: u64,
+    last_heal: u64,
     tally: Tally,
     /// The disk that the witness lives on.
     disk: Option<SharedDisk>,
@@ -243,6 +247,9 @@ impl World {
             clients: Vec::new(),
             troubled: !setting.calm,
             last_decision: 0,
+            last_move: 0,
+            last_asked: 0,
+            last_heal: 0,
             tally: Tally::default(),
             disk: None,
             witness_read: 0,
@@ -310,6 +317,11 @@ impl World {
             let digest = format!("token-{index}");
             commands.push(Command::AddJoinToken { digest: digest.clone(), expires_ms: u64::MAX });
             commands.push(Command::Join { digest, node: host(index) });
+        }
+        // Some have a long life behind them: what is kept of it is at its bound.
+        if !self.setting.calm && self.setting.seed % 500 == 77 {
+            let turns = [Profile::Fast, Profile::Default].into_iter().cycle().take(1_100);
+            commands.extend(turns.map(|profile| Command::SetProfile { profile }));
         }
         if self.setting.profile != Profile::Default {
             commands.push(Command::SetProfile { profile: self.setting.profile });
@@ -427,6 +439,11 @@ impl World {
     /// How many entries were committed and how many of them were decisions.
     pub fn committed(&self) -> (usize, usize) {
         (self.chain.len(), self.chain.decisions)
+    }
+
+    /// What was counted.
+    pub fn tally(&self) -> Tally {
+        self.tally
     }
 
     /// Runs until `ms` of true time, or until something is broken.

@@ -82,12 +82,30 @@ impl Chain {
 }
 
 /// What is counted.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Elections that were won.
     pub elections: u64,
     /// Entries about who takes part that were proposed.
     pub moves: u64,
+    /// The longest that queues were: what `world::rest` has bounds for, in its order.
+    pub fullest: [u64; 6],
+    /// From the heal until everything was settled: epochs that one VM got, entries
+    /// about who takes part, elections.
+    pub unrest: [u64; 3],
+}
+
+impl Tally {
+    /// The most of each.
+    pub fn or(self, other: Tally) -> Tally {
+        let most = |(one, other): (u64, u64)| one.max(other);
+        let mut both = self;
+        both.elections = self.elections.max(other.elections);
+        both.moves = self.moves.max(other.moves);
+        both.fullest.iter_mut().zip(other.fullest).for_each(|(one, other)| *one = most((*one, other)));
+        both.unrest.iter_mut().zip(other.unrest).for_each(|(one, other)| *one = most((*one, other)));
+        both
+    }
 }
 
 impl World {
@@ -117,6 +135,7 @@ impl World {
             self.last_decision = self.now;
         }
         self.judge_epochs(&before, &after);
+        self.judge_history(&after);
         self.tell_news(&before, &after);
         let was_up = |node: &&Node| !node.is_up() && before.nodes.get(&node.id).is_some_and(Node::is_up);
         let lost: Vec<_> = after.nodes.values().filter(was_up).collect();

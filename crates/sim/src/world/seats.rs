@@ -63,6 +63,7 @@ impl World {
             let told = self.told(&members, &next);
             self.log(|| format!("  n{} {told}", host + 1));
             self.tally.moves += 1;
+            self.last_move = self.now;
             self.propose(host, What::Members(Rc::new(next)));
         } else if members.voters == wanted.voters && state.voters != seats.voters && now >= mine.tell_next {
             mine.tell_next = now.plus_ms(TELL_AGAIN_MS);
