@@ -39,7 +39,7 @@ fn broken_rules_are_caught() {
         (Mutation::DropMargin, 1),
         (Mutation::LeaseFromReceipt, 344),
         (Mutation::SkipWait, 1),
-        (Mutation::IgnoreEpoch, 815),
+        (Mutation::IgnoreEpoch, 866),
         (Mutation::IgnoreTerm, 18),
         (Mutation::SilenceIsLost, 0),
         (Mutation::TimeoutIsFailure, 1),
@@ -57,7 +57,7 @@ fn broken_rules_are_caught() {
         (Mutation::CoordinateAtOnce, 18),
         (Mutation::StaleWitnessVotes, 8),
         (Mutation::AnswerWithoutLease, 6),
-        (Mutation::ClaimWithoutLooking, 13),
+        (Mutation::ClaimWithoutLooking, 38),
     ];
     assert!(known.iter().map(|(mutation, _)| *mutation).eq(Mutation::ALL), "each has its seed");
     for (mutation, seed) in known {

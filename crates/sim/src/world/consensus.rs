@@ -206,7 +206,7 @@ impl World {
         };
         let (mut out, stored) = seat.raft.receive(from, message, now);
         match stored {
-            Some(message) if early => {
+            Some(message) if early && seat.has(|write| matches!(write, Write::Log { .. })) < STORES => {
                 let durable = seat.raft.flushed();
                 out.extend(seat.raft.stored(from, message));
                 seat.raft.forget_flush(durable);
