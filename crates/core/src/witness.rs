@@ -284,6 +284,13 @@ impl DiskLease {
 
     /// Says what this node has to do with hosting from now on.
     pub fn want(&mut self, want: Want) {
+        if want != self.want && (self.want == Want::Nothing || want == Want::Host) {
+            // While there was nothing to do it looked seldom, and may have missed much.
+            self.free_since = None;
+            if self.phase == Phase::Watching {
+                self.look_at = BootTime::default();
+            }
+        }
         self.want = want;
     }
 

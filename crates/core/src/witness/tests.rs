@@ -134,6 +134,16 @@ fn a_stand_in_that_looks_seldom_lets_the_host_go_first_as_well() {
 }
 
 #[test]
+fn who_is_to_host_looks_at_once_whatever_it_waited_for() {
+    let mut world = World::new();
+    let mut one = world.node(1, Want::Nothing);
+    assert_eq!(world.step(&mut one), Step::Look);
+    assert!(matches!(one.next(ms(world.now)), Step::Wait(until) if until > ms(world.now + 1_000)));
+    one.want(Want::Host);
+    assert!(world.until_held(&mut one, 10) <= 5);
+}
+
+#[test]
 fn of_two_claims_at_once_not_both_win_and_one_wins_in_the_end() {
     let mut world = World::new();
     let (mut one, mut two) = (world.node(1, Want::Host), world.node(2, Want::Host));

@@ -234,11 +234,16 @@ impl Raft {
     /// What is due.
     pub fn tick(&mut self, now: BootTime, jitter_ms: u64) -> Out {
         if let Role::Leader(leading) = &mut self.role {
-            if now < leading.next_beat || self.handed_over >= self.term {
+            if now < leading.next_beat {
                 return Vec::new();
             }
             leading.next_beat = now.plus_ms(self.timing.heartbeat_ms);
-            return self.broadcast(now);
+            let mut out = self.broadcast(now);
+            if self.handed_over >= self.term {
+                // It beats no more, but whoever is to lead gets what it lacks.
+                out.retain(|(to, _)| self.lacks(*to) > 0);
+            }
+            return out;
         }
         // Without holding still there is nothing to wait for either.
         let patience = if self.defects.votes_at_once { 2 * self.timing.heartbeat_ms } else { self.timing.hold_ms };
