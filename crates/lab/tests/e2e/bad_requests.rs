@@ -5,10 +5,12 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use holdfast_api::{AddVolume, CreateVm, JoinCluster, MakeJoinToken, Size, VmDefinition};
-use holdfast_lab::cluster::{Cluster, VOLUME, VmTemplate};
+use holdfast_api::{
+    AddSwitch, AddToken, AddVolume, CreateVm, JoinCluster, MadeToken, MakeJoinToken, Size, SwitchKind, VmDefinition,
+};
+use holdfast_lab::cluster::{Cluster, SWITCH, VOLUME, VmTemplate};
 
-use crate::bench::{DEADLINE, eventually, refused, three_nodes};
+use crate::bench::{DEADLINE, eventually, form, refused, spec, three_nodes};
 
 #[test]
 fn bad_requests_are_refused_and_leave_nothing() {
@@ -26,12 +28,30 @@ fn bad_requests_are_refused_and_leave_nothing() {
         refused(api.set_network("nowhere", &Default::default())),
         refused(api.get::<holdfast_api::NodeView>("/api/v1/nodes/n9")),
         refused(api.get::<holdfast_api::VolumeView>("/api/v1/volumes/vol9")),
+        refused(api.migrate_vm("web", Some("n9"))),
+        refused(api.console("nobody")),
+        refused(api.cancel_job(4711)),
+        refused(api.fence("n9")),
+        refused(api.set_site("n9", "east")),
+        refused(api.delete("/api/v1/nodes/n9")),
+        refused(api.delete("/api/v1/switches/lan9")),
+        refused(api.delete("/api/v1/volumes/vol9")),
+        refused(api.delete("/api/v1/tokens/nobody")),
     ];
     for (code, _) in named {
         assert_eq!(code, "not_found");
     }
     assert_eq!(refused(api.found("again")).0, "already_in_cluster");
     assert_eq!(refused(api.join(&line("10.77.1.11", "x"))).0, "already_in_cluster");
+    let switch = AddSwitch { name: SWITCH.into(), kind: SwitchKind::Private, uplink: None };
+    assert_eq!(refused(api.add_switch(&switch)).0, "already_exists");
+    let token = AddToken { name: "ci".into() };
+    api.post::<MadeToken>("/api/v1/tokens", &token).unwrap();
+    assert_eq!(refused(api.post::<MadeToken>("/api/v1/tokens", &token)).0, "already_exists");
+    for (used, by) in [(format!("volumes/{VOLUME}"), "web"), (format!("switches/{SWITCH}"), "web")] {
+        let (code, why) = refused(api.delete(&format!("/api/v1/{used}")));
+        assert!(code == "conflict" && why.contains(by), "{code} {why}");
+    }
     bad_vms(&cluster);
     bad_volumes(&cluster);
 
@@ -128,7 +148,7 @@ fn listing(directory: &std::path::Path) -> Vec<PathBuf> {
 
 #[test]
 fn a_host_joins_only_with_a_token_that_is_good() {
-    let (cluster, _turn) = three_nodes();
+    let (cluster, _turn) = form(spec().configure("n5", "node_name", "n1"));
     let host = cluster.add_host("n4").unwrap();
     host.power_on().unwrap();
     cluster.wait_api("n4", DEADLINE).unwrap();
@@ -163,6 +183,12 @@ fn a_host_joins_only_with_a_token_that_is_good() {
     cluster.wait_api("n5", DEADLINE).unwrap();
     let (code, why) = refused(cluster.client("n5").join(&line(&good.address, &good.token)));
     assert!(code == "bad_token" && why.contains("n4"), "{code} {why}");
+    // Two hosts of one name cannot be told apart.
+    let fresh = member.make_join_token(&MakeJoinToken::default()).unwrap();
+    let (code, why) = refused(cluster.client("n5").join(&line(&fresh.address, &fresh.token)));
+    assert!(code == "already_exists" && why.contains("n1"), "{code} {why}");
+    assert_eq!(refused(cluster.client("n5").vms()).0, "not_in_cluster");
+    assert_eq!(member.nodes().unwrap().len(), 4);
     cluster.wait_ready(DEADLINE).unwrap();
 
     // A node that is removed is none any more.
