@@ -18,7 +18,7 @@ help:
 	@echo 'make fix                            format, and renew generated files'
 	@echo 'make deny                           licences and advisories (needs cargo-deny)'
 	@echo 'make deb                            the Debian package (needs cargo-deb)'
-	@echo 'make install [DESTDIR=/]            the binary, its unit and its man pages'
+	@echo 'make install [DESTDIR=/]            the binary, its unit, man pages, completions'
 
 .PHONY: demo
 demo: release guest
@@ -49,20 +49,31 @@ guest: system
 	guest/build.sh
 
 .PHONY: deb
-deb: release man
+deb: documents
 	$(CARGO) deb --no-build -p holdfast
 
-.PHONY: man
-man: release
+# Man pages and completions, from the definition of the command line.
+.PHONY: documents
+documents: release
+	rm -rf $(TARGET)/man $(TARGET)/completions
 	$(TARGET)/release/holdfast man $(TARGET)/man
+	install -d $(TARGET)/completions
+	set -e; for shell in bash zsh fish; do \
+		$(TARGET)/release/holdfast completions $$shell > $(TARGET)/completions/$$shell; \
+	done
 
+# What was written into the configuration stays.
 .PHONY: install
-install: man
+install: documents
 	install -D -m 755 $(TARGET)/release/holdfast $(DESTDIR)/usr/bin/holdfast
 	install -D -m 644 packaging/holdfast.service $(DESTDIR)/usr/lib/systemd/system/holdfast.service
-	install -D -m 644 packaging/config.toml $(DESTDIR)/etc/holdfast/config.toml
+	test -e $(DESTDIR)/etc/holdfast/config.toml || \
+		install -D -m 644 packaging/config.toml $(DESTDIR)/etc/holdfast/config.toml
 	install -d $(DESTDIR)/usr/share/man/man1
 	install -m 644 $(TARGET)/man/*.1 $(DESTDIR)/usr/share/man/man1
+	install -D -m 644 $(TARGET)/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/holdfast
+	install -D -m 644 $(TARGET)/completions/zsh $(DESTDIR)/usr/share/zsh/vendor-completions/_holdfast
+	install -D -m 644 $(TARGET)/completions/fish $(DESTDIR)/usr/share/fish/vendor_completions.d/holdfast.fish
 
 # Installs what is missing, and says what it cannot.
 .PHONY: system
