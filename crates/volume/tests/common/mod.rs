@@ -55,7 +55,9 @@ impl Served {
     }
 
     pub fn client(&self) -> Client {
-        Client::connect(UnixStream::connect(self.socket()).unwrap())
+        let mut stream = UnixStream::connect(self.socket()).unwrap();
+        assert_eq!(Client::shake_hands(&mut stream), SIZE);
+        Client { stream }
     }
 }
 
@@ -71,7 +73,13 @@ pub struct Client {
 }
 
 impl Client {
-    fn connect(mut stream: UnixStream) -> Client {
+    pub fn connect(mut stream: UnixStream) -> Client {
+        Client::shake_hands(&mut stream);
+        Client { stream }
+    }
+
+    /// Says how large the disk is.
+    pub fn shake_hands(stream: &mut UnixStream) -> u64 {
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting).unwrap();
         let mut hello = 3_u32.to_be_bytes().to_vec();
@@ -81,13 +89,16 @@ impl Client {
         stream.write_all(&hello).unwrap();
         let mut export = [0; 10];
         stream.read_exact(&mut export).unwrap();
-        assert_eq!(export[..8], SIZE.to_be_bytes());
-        Client { stream }
+        u64::from_be_bytes(export[..8].try_into().unwrap())
     }
 
     pub fn ask(&mut self, kind: u16, cookie: u64, offset: u64, length: u32, data: &[u8]) {
+        self.ask_flagged(0, kind, cookie, offset, length, data);
+    }
+
+    pub fn ask_flagged(&mut self, flags: u16, kind: u16, cookie: u64, offset: u64, length: u32, data: &[u8]) {
         let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
-        bytes.extend(0_u16.to_be_bytes());
+        bytes.extend(flags.to_be_bytes());
         bytes.extend(kind.to_be_bytes());
         bytes.extend(cookie.to_be_bytes());
         bytes.extend(offset.to_be_bytes());

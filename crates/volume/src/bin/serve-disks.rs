@@ -1,0 +1,55 @@
+//! Serves one disk without a cluster, for tests and measurements.
+//!
+//! `serve-disks THREADS file PATH`, `serve-disks THREADS lun PATH NAME`: serves a file,
+//! or a file of a volume on a LUN that nobody else uses, on the listening socket that
+//! is its standard input, until it is killed. `serve-disks format PATH NAME BYTES`:
+//! makes a volume on a device or file, whatever is on it, with one file of that name.
+
+use std::error::Error;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use holdfast_volume::lun::{Alone, FileId, Identity, Op, Store};
+use holdfast_volume::{DiskSpec, Export, Lun, Open, Server};
+use uuid::Uuid;
+
+const USAGE: &str = "serve-disks THREADS file PATH | THREADS lun PATH NAME | format PATH NAME BYTES";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args[..] {
+        ["format", path, name, bytes] => format(Path::new(path), name, bytes.parse()?),
+        [threads, "file", path] => {
+            let spec = DiskSpec { name: "disk".into(), path: path.into(), read_only: false };
+            serve(threads, Export::open(&spec, Arc::new(Open))?)
+        }
+        [threads, "lun", path, name] => {
+            let lun = Lun::open(Path::new(path))?;
+            let volume = Alone::new(lun.clone(), Store::open(lun)?)?;
+            serve(threads, volume.open(name, Arc::new(Open))?)
+        }
+        _ => Err(USAGE.into()),
+    }
+}
+
+fn serve(threads: &str, export: Export) -> Result<(), Box<dyn Error>> {
+    let server = Server::start(threads.parse()?)?;
+    let listener = UnixListener::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    server.serve(1, listener, export);
+    loop {
+        std::thread::park();
+    }
+}
+
+fn format(path: &Path, name: &str, bytes: u64) -> Result<(), Box<dyn Error>> {
+    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+    let identity = Identity { volume: Uuid::from_u128(u128::from(now_ms)), cluster: Uuid::nil(), name: "alone".into() };
+    let lun = Lun::open(path)?;
+    let mut store = Store::format(lun, identity, None, now_ms, 1)?;
+    store.commit(1, &[Op::Create { file: FileId(1), bytes, name: name.into() }])?;
+    Ok(())
+}
