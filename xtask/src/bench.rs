@@ -15,6 +15,7 @@ mod migration;
 mod peer;
 mod stage;
 mod table;
+mod volume;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -63,6 +64,8 @@ enum Name {
     Crash,
     /// No node may be declared lost because its processors are busy.
     FalseLoss,
+    /// The server of disks beside qemu-storage-daemon; needs no cluster.
+    Volume,
 }
 
 /// Runs the benchmark that `args` name.
@@ -77,25 +80,23 @@ pub fn main(args: Vec<OsString>) -> Result<()> {
         peer::look()?;
     }
     let minutes = |default: u64| Duration::from_secs(60 * args.minutes.unwrap_or(default));
-    let binary = match args.binary {
-        Some(binary) => binary,
-        None => stage::build()?,
-    };
+    let built = || args.binary.clone().map_or_else(stage::build, Ok);
     let runs = usize::from(args.runs);
     let rows = match args.name {
         Name::Failover if args.peer => {
-            let load = minutes(1);
+            let (binary, load) = (built()?, minutes(1));
             let mut ours = failover::run(&binary, runs, Some(load))?;
             let model = ours.model.take().context("no command line to give to the peer")?;
             let beside = peer::run(&binary, runs, load, &ours, &model)?;
             ours.rows.into_iter().chain(beside).collect()
         }
-        Name::Failover => failover::run(&binary, runs, None)?.rows,
-        Name::Migration => migration::run(&binary, runs)?,
-        Name::Consensus => consensus::run(&binary, runs)?,
-        Name::Idle => idle::run(&binary, Duration::from_secs(args.seconds))?,
-        Name::Crash => crash::run(&binary, runs)?,
-        Name::FalseLoss => false_loss::run(&binary, minutes(10))?,
+        Name::Failover => failover::run(&built()?, runs, None)?.rows,
+        Name::Migration => migration::run(&built()?, runs)?,
+        Name::Consensus => consensus::run(&built()?, runs)?,
+        Name::Idle => idle::run(&built()?, Duration::from_secs(args.seconds))?,
+        Name::Crash => crash::run(&built()?, runs)?,
+        Name::FalseLoss => false_loss::run(&built()?, minutes(10))?,
+        Name::Volume => volume::run(runs)?,
     };
     println!("\n{}", table::table(&rows));
     match &args.json {

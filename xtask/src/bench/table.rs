@@ -19,8 +19,11 @@ pub struct Row {
     pub peer: Option<f64>,
     /// `ours / peer`.
     pub ratio: Option<f64>,
-    /// The highest acceptable `ratio` where there is a peer, `ours` otherwise.
+    /// The highest acceptable `ratio` where there is a peer, `ours` otherwise; the
+    /// lowest if more is better.
     pub goal: Option<f64>,
+    /// More is better.
+    pub more_is_better: bool,
     /// Whether the goal is reached; absent without a goal.
     pub met: Option<bool>,
     /// The least of all runs.
@@ -42,6 +45,7 @@ impl Row {
             peer: None,
             ratio: None,
             goal: None,
+            more_is_better: false,
             met: None,
             min: sorted.first().copied().unwrap_or_default(),
             max: sorted.last().copied().unwrap_or_default(),
@@ -59,6 +63,14 @@ impl Row {
     pub fn goal(mut self, goal: f64) -> Self {
         self.goal = Some(goal);
         self.met = Some(self.runs > 0 && self.ratio.unwrap_or(self.ours) <= goal);
+        self
+    }
+
+    /// With what is acceptable, where more is better.
+    pub fn at_least(mut self, goal: f64) -> Self {
+        self.goal = Some(goal);
+        self.more_is_better = true;
+        self.met = Some(self.runs > 0 && self.ratio.unwrap_or(self.ours) >= goal);
         self
     }
 
@@ -110,7 +122,9 @@ pub fn table(rows: &[Row]) -> String {
             row.runs.to_string(),
             cell(row.peer),
             cell(row.ratio),
-            row.goal.map(|goal| format!("≤ {}", figure(goal))).unwrap_or_default(),
+            row.goal
+                .map(|goal| format!("{} {}", if row.more_is_better { '≥' } else { '≤' }, figure(goal)))
+                .unwrap_or_default(),
             met.to_owned(),
         ]
     });
@@ -163,6 +177,14 @@ mod tests {
         let row = Row::of("x", &[11.0]).beside(&[10.0]).goal(1.15);
         assert_eq!((row.peer, row.met), (Some(10.0), Some(true)));
         assert_eq!(Row::of("x", &[12.0]).beside(&[10.0]).goal(1.15).met, Some(false));
+    }
+
+    #[test]
+    fn where_more_is_better_the_goal_is_the_least() {
+        let row = Row::of("x", &[9.0]).beside(&[10.0]).at_least(1.0);
+        assert_eq!((row.ratio, row.met), (Some(0.9), Some(false)));
+        assert!(table(&[row]).contains("≥ 1.00"));
+        assert_eq!(Row::of("x", &[9.0]).at_least(8.0).met, Some(true));
     }
 
     #[test]
