@@ -1,10 +1,11 @@
 //! A LUN as this process has it open.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -15,6 +16,9 @@ use crate::lun::Device;
 
 /// What one read or write of zeroes or of a description moves at most, in bytes.
 const PIECE_BYTES: usize = 1 << 20;
+
+/// How often somebody else's lock is looked at.
+const HOLD_AGAIN: Duration = Duration::from_millis(1);
 
 /// A block device, or a file in its place, that holds a volume. Clones are the same
 /// open device; a process has one for each LUN.
@@ -51,6 +55,18 @@ impl Lun {
     /// Its size in bytes when it was opened.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Takes the LUN for this process, and so waits until no I/O is under way of a
+    /// process of this host that had it before, even if that was killed: the kernel
+    /// may finish what a dead process has submitted, and that must not come after what
+    /// this one submits. `false` if that did not happen within `patience`. The lock is
+    /// that of flock(2); it is over when this device and its clones are.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn hold(&self, patience: Duration) -> io::Result<bool> {
+        hold(&self.file, patience)
     }
 
     /// Makes a range read as zero, on stable storage. Takes as long as the device
@@ -103,6 +119,19 @@ impl Lun {
 
     fn put(&self, buffer: crate::buffer::Buffer) {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner).put(buffer);
+    }
+}
+
+/// Locks an open file. I/O that is under way keeps the file open, and so the lock.
+pub(crate) fn hold(file: &File, patience: Duration) -> io::Result<bool> {
+    let until = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if Instant::now() >= until => return Ok(false),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(HOLD_AGAIN),
+        }
     }
 }
 
@@ -165,6 +194,19 @@ mod tests {
         };
         assert!(bytes.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
         lun.discard(0, 1 << 20).unwrap();
+    }
+
+    #[test]
+    fn a_lun_is_held_once_and_until_its_last_clone_is_gone() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, second) = (Lun::open(file.path()).unwrap(), Lun::open(file.path()).unwrap());
+        assert!(first.hold(Duration::ZERO).unwrap());
+        let clone = first.clone();
+        assert!(clone.hold(Duration::ZERO).unwrap());
+        drop(first);
+        assert!(!second.hold(Duration::ZERO).unwrap());
+        drop(clone);
+        assert!(second.hold(Duration::ZERO).unwrap());
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::unistd::Whence;
 
@@ -168,6 +169,15 @@ impl Export {
             size: AtomicU64::new(size),
             backing,
         }
+    }
+
+    /// As [`Lun::hold`], for the file or device that the disk is on. Not for file
+    /// systems whose locks reach to other nodes, where a VM that moves is open twice.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn hold(&self, patience: Duration) -> io::Result<bool> {
+        crate::device::hold(self.file(), patience)
     }
 
     /// Its size in bytes.

@@ -10,11 +10,14 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use holdfast_volume::lun::{Alone, FileId, Identity, Op, Store};
 use holdfast_volume::{DiskSpec, Export, Lun, Open, Server};
 use uuid::Uuid;
+
+/// How long a server before this one may take to end.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 const USAGE: &str = "serve-disks THREADS file PATH | THREADS lun PATH NAME | format PATH NAME BYTES";
 
@@ -25,15 +28,23 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["format", path, name, bytes] => format(Path::new(path), name, bytes.parse()?),
         [threads, "file", path] => {
             let spec = DiskSpec { name: "disk".into(), path: path.into(), read_only: false };
-            serve(threads, Export::open(&spec, Arc::new(Open))?)
+            let export = Export::open(&spec, Arc::new(Open))?;
+            held(export.hold(PATIENCE)?)?;
+            serve(threads, export)
         }
         [threads, "lun", path, name] => {
             let lun = Lun::open(Path::new(path))?;
+            // Before anything of it is read: the last one's writes may be on their way.
+            held(lun.hold(PATIENCE)?)?;
             let volume = Alone::new(lun.clone(), Store::open(lun)?)?;
             serve(threads, volume.open(name, Arc::new(Open))?)
         }
         _ => Err(USAGE.into()),
     }
+}
+
+fn held(held: bool) -> Result<(), &'static str> {
+    held.then_some(()).ok_or("another process holds it")
 }
 
 fn serve(threads: &str, export: Export) -> Result<(), Box<dyn Error>> {
