@@ -6,9 +6,11 @@ pub const ALIGNMENT: usize = 4096;
 /// Sizes are powers of two from here.
 const SMALLEST: usize = 4096;
 /// Larger ones are given back to the system when they are not needed.
-const LARGEST_KEPT: usize = 1 << 20;
-/// What is kept for later, at most, in bytes.
-const KEPT_BYTES: usize = 4 << 20;
+const LARGEST_KEPT: usize = 4 << 20;
+/// Sizes from the smallest to the largest that is kept.
+const CLASSES: usize = (LARGEST_KEPT / SMALLEST).ilog2() as usize + 1;
+/// What is kept for later, at most, in bytes: enough for a client that streams.
+const KEPT_BYTES: usize = 16 << 20;
 
 /// Aligned memory.
 #[derive(Debug, Default)]
@@ -45,7 +47,7 @@ impl Buffer {
 /// Buffers that are not in use.
 #[derive(Debug, Default)]
 pub struct Pool {
-    free: Vec<Buffer>,
+    free: [Vec<Buffer>; CLASSES],
     bytes: usize,
 }
 
@@ -54,9 +56,8 @@ impl Pool {
     /// to be overwritten.
     pub fn get(&mut self, length: usize) -> Buffer {
         let class = length.next_power_of_two().max(SMALLEST);
-        match self.free.iter().rposition(|buffer| buffer.class() == class) {
-            Some(at) => {
-                let mut buffer = self.free.swap_remove(at);
+        match self.free.get_mut(rank(class)).and_then(Vec::pop) {
+            Some(mut buffer) => {
                 self.bytes -= class;
                 buffer.length = length;
                 buffer
@@ -70,19 +71,24 @@ impl Pool {
         let class = buffer.class();
         if (SMALLEST..=LARGEST_KEPT).contains(&class) && self.bytes + class <= KEPT_BYTES {
             self.bytes += class;
-            self.free.push(buffer);
+            self.free[rank(class)].push(buffer);
         }
     }
 
     /// Whether nothing is kept.
     pub fn is_empty(&self) -> bool {
-        self.free.is_empty()
+        self.bytes == 0
     }
 
     /// Gives everything back to the system.
     pub fn clear(&mut self) {
         *self = Pool::default();
     }
+}
+
+/// Where buffers of a size, a power of two, are kept.
+fn rank(class: usize) -> usize {
+    (class / SMALLEST).ilog2() as usize
 }
 
 #[cfg(test)]
@@ -92,7 +98,7 @@ mod tests {
     #[test]
     fn buffers_are_aligned_and_used_again() {
         let mut pool = Pool::default();
-        for length in [1, 512, 4096, 5000, 1 << 20, 3 << 20] {
+        for length in [1, 512, 4096, 5000, 1 << 20, 3 << 20, 9 << 20] {
             let buffer = pool.get(length);
             assert_eq!(buffer.bytes().len(), length);
             assert!(buffer.bytes().as_ptr().addr().is_multiple_of(ALIGNMENT));

@@ -33,6 +33,9 @@ const SCRATCH_BYTES: usize = 256 << 10;
 const PARKED_AGAIN: Duration = Duration::from_millis(5);
 /// After so long without anything to do, memory is for others.
 const AT_REST: Duration = Duration::from_secs(1);
+/// What a socket holds of answers, so that one with data goes at once.
+const SEND_BYTES: usize = 2 << 20;
+
 /// What an operation is for. Places are used again, so those that may be told of
 /// late carry a number that is not.
 #[derive(Clone, Copy, Debug)]
@@ -264,6 +267,8 @@ impl Engine {
             return Ok(());
         }
         stream.set_nonblocking(true)?;
+        // Whoever may not have more gets what the system gives.
+        let _ = nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::SndBufForce, &SEND_BYTES);
         let watched = Io::Readable(stream.as_raw_fd());
         self.serial += 1;
         let serial = self.serial;
