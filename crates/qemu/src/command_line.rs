@@ -23,6 +23,13 @@ const DISKS_MAX: usize = 0x1f - SLOT_DISKS;
 /// The longest path of a unix socket (`sun_path` less its final zero).
 const SOCKET_PATH_MAX: usize = 107;
 
+/// The name under which a disk's one export is served at its socket.
+pub const NBD_EXPORT: &str = "disk";
+
+/// How long requests wait for a disk's server that is gone, in seconds; then the guest
+/// stands still until it is back.
+const NBD_RECONNECT_S: u32 = 300;
+
 /// A character device of this name and the epoch's number tells an agent under
 /// which epoch a QEMU was started.
 pub(crate) const EPOCH_LABEL: &str = "epoch-";
@@ -44,8 +51,8 @@ pub struct Launch<'a> {
     pub accelerator: Accelerator,
     /// Whether the kernel moves its packets; only with KVM.
     pub vhost_net: bool,
-    /// The disks' files, absolute, one for each of the spec's.
-    pub disks: Vec<PathBuf>,
+    /// Where the disks are, one for each of the spec's.
+    pub disks: Vec<DiskAt>,
     /// The files of a direct boot; needed when the spec asks for one.
     pub kernel: Option<Kernel>,
     /// The tap interfaces, one for each of the spec's NICs. They must exist:
@@ -58,6 +65,15 @@ pub struct Launch<'a> {
     pub incoming: bool,
     /// Hold the guest still from the start.
     pub paused: bool,
+}
+
+/// Where a disk's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskAt {
+    /// In a file, absolute.
+    File(PathBuf),
+    /// Served over NBD at a unix socket, absolute.
+    Socket(PathBuf),
 }
 
 /// The files of a direct boot, absolute.
@@ -272,26 +288,15 @@ impl Launch<'_> {
         }
         // The guest's requests do not wait for the monitor, nor it for them.
         argv.json("-object", json!({"qom-type": "iothread", "id": "io0"}));
-        for (index, (disk, file)) in self.spec.disks.iter().zip(&self.disks).enumerate() {
+        for (index, (disk, at)) in self.spec.disks.iter().zip(&self.disks).enumerate() {
             let id = disk_id(index);
-            if !file.is_absolute() {
+            let (DiskAt::File(place) | DiskAt::Socket(place)) = at;
+            if !place.is_absolute() {
                 return Err(QemuError::Unfit {
-                    why: format!("the path of its disk {} is not absolute", file.display()),
+                    why: format!("the path of its disk {} is not absolute", place.display()),
                 });
             }
-            // The page cache of the host would keep what another host must see,
-            // and lie about what is on the disk. QEMU's own locks stay on.
-            argv.json(
-                "-blockdev",
-                json!({
-                    "driver": "file",
-                    "node-name": format!("{id}-file"),
-                    "filename": utf8(file)?,
-                    "aio": "threads",
-                    "cache": {"direct": true, "no-flush": false},
-                    "discard": "unmap",
-                }),
-            );
+            argv.json("-blockdev", protocol(&id, at)?);
             argv.json(
                 "-blockdev",
                 json!({
@@ -350,6 +355,36 @@ impl Launch<'_> {
             );
         }
     }
+}
+
+/// The block node that fetches a disk's bytes.
+fn protocol(id: &str, at: &DiskAt) -> Result<Value, QemuError> {
+    let name = format!("{id}-file");
+    Ok(match at {
+        // The page cache of the host would keep what another host must see,
+        // and lie about what is on the disk. QEMU's own locks stay on.
+        DiskAt::File(file) => json!({
+            "driver": "file",
+            "node-name": name,
+            "filename": utf8(file)?,
+            "aio": "threads",
+            "cache": {"direct": true, "no-flush": false},
+            "discard": "unmap",
+        }),
+        DiskAt::Socket(socket) => {
+            // Too long a path would fail only when QEMU runs.
+            path(socket)?;
+            json!({
+                "driver": "nbd",
+                "node-name": name,
+                "server": {"type": "unix", "path": utf8(socket)?},
+                "export": NBD_EXPORT,
+                "reconnect-delay": NBD_RECONNECT_S,
+                "cache": {"direct": true, "no-flush": false},
+                "discard": "unmap",
+            })
+        }
+    })
 }
 
 /// A disk's id, and the name of its block node.

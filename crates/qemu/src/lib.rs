@@ -26,7 +26,7 @@ mod word;
 
 pub use arrival::Arrival;
 pub use binary::Binary;
-pub use command_line::{Kernel, Launch};
+pub use command_line::{DiskAt, Kernel, Launch, NBD_EXPORT};
 pub use console::trim_log;
 pub use convergence::{Convergence, MigrationSettings};
 pub use error::QemuError;

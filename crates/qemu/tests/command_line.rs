@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::{disk, launch, nic, spec};
 use holdfast_core::{Accelerator, DirectBoot, DiskFormat};
-use holdfast_qemu::{Kernel, Launch, QemuError};
+use holdfast_qemu::{DiskAt, Kernel, Launch, QemuError};
 
 /// One option and its value a line.
 fn lines(launch: &Launch<'_>) -> String {
@@ -21,6 +21,25 @@ fn lines(launch: &Launch<'_>) -> String {
     text.trim().to_owned()
 }
 
+fn file(path: &str) -> DiskAt {
+    DiskAt::File(path.into())
+}
+
+#[test]
+fn a_disk_that_is_served_waits_for_its_server() {
+    let mut spec = spec();
+    spec.disks = vec![disk(DiskFormat::Raw)];
+    let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new("/run/vm1"));
+    launch.disks = vec![DiskAt::Socket("/run/vm1/disk0.sock".into())];
+    let all = lines(&launch);
+    let nbd = all.lines().find(|line| line.contains("nbd")).unwrap();
+    for part in [r#""path":"/run/vm1/disk0.sock""#, r#""export":"disk""#, r#""reconnect-delay":300"#] {
+        assert!(nbd.contains(part), "{nbd}");
+    }
+    launch.disks = vec![DiskAt::Socket(format!("/{}", "s".repeat(200)).into())];
+    assert!(matches!(launch.argv(), Err(QemuError::Unfit { why }) if why.contains("socket")));
+}
+
 #[test]
 fn from_its_disks() {
     let mut spec = spec();
@@ -30,7 +49,7 @@ fn from_its_disks() {
     let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new("/run/vm,1"));
     launch.accelerator = Accelerator::Kvm;
     launch.vhost_net = true;
-    launch.disks = vec!["/vol/a \"b\",c.qcow2".into(), "/vol/data.raw".into()];
+    launch.disks = vec![file("/vol/a \"b\",c.qcow2"), file("/vol/data.raw")];
     launch.taps = vec!["hf1".into(), "hf2".into()];
     insta::assert_snapshot!(lines(&launch));
 }
@@ -63,7 +82,7 @@ fn a_target_is_the_same_machine_that_waits() {
 
 #[test]
 fn what_does_not_fit_is_refused_with_a_reason() {
-    let refused = |change: &dyn Fn(&mut holdfast_core::VmSpec, &mut Vec<std::path::PathBuf>), run_dir: &str| {
+    let refused = |change: &dyn Fn(&mut holdfast_core::VmSpec, &mut Vec<DiskAt>), run_dir: &str| {
         let (mut spec, mut disks) = (spec(), Vec::new());
         change(&mut spec, &mut disks);
         let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new(run_dir));
@@ -78,14 +97,14 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     assert!(refused(&|spec, _| spec.memory_bytes = (64 << 20) + 1, "/r").contains("1 MiB"));
     assert!(refused(&|spec, _| spec.cpus = 0, "/r").contains("no processor"));
     assert!(refused(&|spec, _| spec.disks = vec![disk(DiskFormat::Raw)], "/r").contains("1 disks, and 0 were given"));
-    let many = |spec: &mut holdfast_core::VmSpec, disks: &mut Vec<std::path::PathBuf>| {
+    let many = |spec: &mut holdfast_core::VmSpec, disks: &mut Vec<DiskAt>| {
         spec.disks = vec![disk(DiskFormat::Raw); 21];
-        *disks = vec!["/d".into(); 21];
+        *disks = vec![file("/d"); 21];
     };
     assert!(refused(&many, "/r").contains("at most 20"));
-    let relative = |spec: &mut holdfast_core::VmSpec, disks: &mut Vec<std::path::PathBuf>| {
+    let relative = |spec: &mut holdfast_core::VmSpec, disks: &mut Vec<DiskAt>| {
         spec.disks = vec![disk(DiskFormat::Raw)];
-        *disks = vec!["json:{}".into()];
+        *disks = vec![file("json:{}")];
     };
     assert!(refused(&relative, "/r").contains("not absolute"));
     let deep = format!("/{}", "x".repeat(110));

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::{Guest, Process, SOON, disk, nic, qemu, spec, until, vm_id, within};
 use holdfast_core::{DiskFormat, Epoch};
-use holdfast_qemu::{Binary, Event, Exit, ExitReason, Identity, Launch, QemuError, Qmp, RunState};
+use holdfast_qemu::{Binary, DiskAt, Event, Exit, ExitReason, Identity, Launch, QemuError, Qmp, RunState};
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
 
@@ -119,7 +119,7 @@ async fn disks_and_adapters() {
     spec.disks = vec![disk(DiskFormat::Raw)];
     spec.nics = vec![nic(1), nic(2)];
     let process = Process::start_under(&["unshare", "--net"], &spec, |launch| {
-        launch.disks = vec![file.clone()];
+        launch.disks = vec![DiskAt::File(file.clone())];
         launch.taps = vec!["hfq0".into(), "hfq1".into()];
     });
     let socket = Launch::monitor_socket(process.run_dir.path());
@@ -147,7 +147,7 @@ async fn why_it_did_not_start() {
     let file = common::boot_disk(directory.path(), &[0xf4]);
     let mut with_disk = spec();
     with_disk.disks = vec![disk(DiskFormat::Raw)];
-    let _holder = Guest::start(&with_disk, |launch| launch.disks = vec![file.clone()]).await;
+    let _holder = Guest::start(&with_disk, |launch| launch.disks = vec![DiskAt::File(file.clone())]).await;
 
     async fn reason(mut process: Process) -> ExitReason {
         let status = process.ended().await;
@@ -157,10 +157,10 @@ async fn why_it_did_not_start() {
         };
         ExitReason::find(exit, &process.stderr())
     }
-    let second = Process::start(&with_disk, |launch| launch.disks = vec![file.clone()]);
+    let second = Process::start(&with_disk, |launch| launch.disks = vec![DiskAt::File(file.clone())]);
     assert_eq!(reason(second).await, ExitReason::ImageLocked { image: Some(file.display().to_string()) });
     let absent = directory.path().join("absent.raw");
-    let missing = Process::start(&with_disk, |launch| launch.disks = vec![absent.clone()]);
+    let missing = Process::start(&with_disk, |launch| launch.disks = vec![DiskAt::File(absent.clone())]);
     assert_eq!(reason(missing).await, ExitReason::FileMissing { file: absent.display().to_string() });
     let mut unknown = spec();
     unknown.machine = "pc-q35-99.1".into();

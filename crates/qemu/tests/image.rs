@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{Guest, SOON, disk, qemu_img, spec};
 use holdfast_core::DiskFormat;
-use holdfast_qemu::{QemuError, QemuImg};
+use holdfast_qemu::{DiskAt, QemuError, QemuImg};
 use tempfile::TempDir;
 
 fn tool() -> QemuImg {
@@ -147,7 +147,7 @@ async fn a_disk_in_use_is_measured_but_not_changed() {
     tool().create(&path, DiskFormat::Qcow2, 1 << 20, SOON).await.expect("made");
     let mut spec = spec();
     spec.disks = vec![disk(DiskFormat::Qcow2)];
-    let mut guest = Guest::start(&spec, |launch| launch.disks = vec![path.clone()]).await;
+    let mut guest = Guest::start(&spec, |launch| launch.disks = vec![DiskAt::File(path.clone())]).await;
     let image = tool().inspect(&path, SOON).await.expect("measured");
     assert_eq!(image.virtual_bytes, 1 << 20);
     let resized = tool().resize(&path, DiskFormat::Qcow2, 2 << 20, SOON).await;

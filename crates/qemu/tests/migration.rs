@@ -8,8 +8,8 @@ use std::time::Duration;
 use common::{Guest, boot_disk, disk, spec, until, within};
 use holdfast_core::DiskFormat;
 use holdfast_qemu::{
-    Arrival, Cancelled, MigrationSettings, Outcome, QemuError, Role, RunState, Step, Word, cancel, prepare_incoming,
-    progress, start, watch, word,
+    Arrival, Cancelled, DiskAt, MigrationSettings, Outcome, QemuError, Role, RunState, Step, Word, cancel,
+    prepare_incoming, progress, start, watch, word,
 };
 use tempfile::TempDir;
 
@@ -220,9 +220,9 @@ async fn restless(settings: &MigrationSettings) -> (Vec<Step>, Outcome, Guest, T
     let file = boot_disk(directory.path(), &DIRTIER);
     let mut spec = spec();
     spec.disks = vec![disk(DiskFormat::Raw)];
-    let source = Guest::start(&spec, |launch| launch.disks = vec![file.clone()]).await;
+    let source = Guest::start(&spec, |launch| launch.disks = vec![DiskAt::File(file.clone())]).await;
     let target = Guest::start(&spec, |launch| {
-        launch.disks = vec![file.clone()];
+        launch.disks = vec![DiskAt::File(file.clone())];
         launch.incoming = true;
     })
     .await;

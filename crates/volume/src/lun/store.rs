@@ -377,6 +377,16 @@ impl<D: Device> Store<D> {
     }
 }
 
+impl Superblock {
+    /// Reads what a LUN is, and nothing else of it.
+    ///
+    /// # Errors
+    /// [`StoreError`] says what it is instead.
+    pub fn read(device: &impl Device) -> Result<Superblock, StoreError> {
+        read_superblock(device).map(|(superblock, _)| superblock)
+    }
+}
+
 /// The superblock that counts, and whether the other is missing.
 fn read_superblock(device: &impl Device) -> Result<(Superblock, bool), StoreError> {
     let mut found = Vec::new();

@@ -73,13 +73,13 @@ impl Superblock {
             return Err(NoSuperblock::Damaged);
         }
         match reader.u32() {
-            Some(VERSION) => Superblock::read(&mut reader).ok_or(NoSuperblock::Damaged),
+            Some(VERSION) => Superblock::parse(&mut reader).ok_or(NoSuperblock::Damaged),
             Some(version) => Err(NoSuperblock::Version(version)),
             None => Err(NoSuperblock::Damaged),
         }
     }
 
-    fn read(reader: &mut Reader<'_>) -> Option<Superblock> {
+    fn parse(reader: &mut Reader<'_>) -> Option<Superblock> {
         let written = reader.u64()?;
         let (volume, cluster) = (Uuid::from_bytes(reader.array()?), Uuid::from_bytes(reader.array()?));
         let made_ms = reader.u64()?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use holdfast_core::*;
-use holdfast_qemu::{Binary, Kernel, Launch};
+use holdfast_qemu::{Binary, DiskAt, Kernel, Launch};
 use holdfast_vswitch::{Switch, Tap, tap_name};
 
 use super::{Guest, Next, SOON};
@@ -44,7 +44,7 @@ impl Guest {
         let run_dir = self.agent.0.config.vm_dir(vm.id);
         std::fs::create_dir_all(&run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
         let taps = self.ensure_taps(vm).await?;
-        let disks = vm.spec.disks.iter().map(|disk| self.agent.volume_path(&disk.volume, &disk.file)).collect();
+        let disks = vm.spec.disks.iter().map(|disk| DiskAt::File(self.agent.volume_path(&disk.volume, &disk.file)));
         let kernel = vm.spec.direct_boot.as_ref().map(|boot| Kernel {
             kernel: self.agent.volume_path(&boot.volume, &boot.kernel),
             initrd: boot.initrd.as_ref().map(|initrd| self.agent.volume_path(&boot.volume, initrd)),
@@ -58,7 +58,7 @@ impl Guest {
             spec: &vm.spec,
             accelerator: *accelerator,
             vhost_net: *vhost_net,
-            disks,
+            disks: disks.collect(),
             kernel,
             taps,
             run_dir: run_dir.clone(),
