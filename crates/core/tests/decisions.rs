@@ -6,6 +6,7 @@ use common::*;
 use holdfast_core::check::{Broken, check};
 use holdfast_core::plan::plan;
 use holdfast_core::*;
+use uuid::Uuid;
 
 fn exited() -> Run {
     Run::Exited { detail: "signal 11".into() }
@@ -338,4 +339,61 @@ fn the_judge_refuses_what_breaks_a_rule() {
         let plan = Plan { revision: lab.state.revision, decisions: vec![Decision { action, cause }] };
         assert_eq!(check(&lab.state, &plan), Err(broken));
     }
+}
+
+#[test]
+fn only_who_may_run_a_vm_maps_its_slabs_and_a_lost_node_s_are_free() {
+    let mut lab = Lab::new(2);
+    let kind = VolumeKind::Lun { device: "/dev/sdb".into(), slab_bytes: 16 << 20, slabs: 100 };
+    lab.ask(Command::AddVolume { name: "san".into(), id: Uuid::from_u128(9), kind });
+    let disk = DiskSpec { volume: "san".into(), format: DiskFormat::Raw, ..spec(512, Priority::High).disks.remove(0) };
+    lab.create(WEB, "web", VmSpec { disks: vec![disk], ..spec(512, Priority::High) });
+    lab.plan();
+    let file = lab.state.vms[&WEB].spec.disks[0].file.clone();
+    let before = *lab.state.vms[&WEB].tenures().next().expect("a right");
+    let take = |tenure: &Tenure| Command::TakeSlabs {
+        volume: "san".into(),
+        node: tenure.node,
+        term: tenure.term,
+        known: Vec::new(),
+        most: 2,
+    };
+    let map = |tenure: &Tenure, part: u32, slab: u32| Command::MapSlabs {
+        vm: WEB,
+        disk: 0,
+        tenure: *tenure,
+        wanted: vec![(part, slab, 1).into()],
+    };
+    let revision = lab.state.revision;
+    assert_eq!(lab.ask(take(&before)), Reply::Slabs(vec![(0, 2).into()]));
+    assert_eq!(lab.ask(map(&before, 5, 0)), Reply::Mapped(vec![(5, 0, 1).into()]));
+    assert_eq!(lab.state.revision, revision, "no decision stands on it");
+
+    lab.lose(before.node.0);
+    lab.plan();
+    let after = *lab.state.vms[&WEB].tenures().next().expect("a right elsewhere");
+    assert_ne!(after.node, before.node);
+    assert!(matches!(lab.ask(take(&before)), Reply::Refused(Refusal::Conflict(_))));
+    assert!(matches!(lab.ask(map(&before, 6, 1)), Reply::Refused(Refusal::Conflict(_))));
+    assert_eq!(lab.ask(take(&after)), Reply::Slabs(vec![(1, 2).into()]), "the lost node's slab is free again");
+    assert_eq!(lab.ask(map(&after, 5, 1)), Reply::Mapped(vec![(5, 0, 1).into()]), "what is there stays");
+    assert_eq!(lab.state.luns["san"].files[&file].slabs(), 1);
+
+    let mut spec = lab.state.vms[&WEB].spec.clone();
+    spec.disks[0].format = DiskFormat::Qcow2;
+    let create = |spec: VmSpec| Command::CreateVm {
+        id: vm_id(77),
+        name: "db".into(),
+        spec,
+        node: after.node,
+        sources: Sources::default(),
+    };
+    assert!(
+        matches!(lab.ask(create(spec.clone())), Reply::Refused(Refusal::Invalid(why)) if why.contains("format=raw"))
+    );
+    spec.disks[0].format = DiskFormat::Raw;
+    assert!(matches!(lab.ask(create(spec.clone())), Reply::Refused(Refusal::Duplicate { .. })), "the same file");
+    (spec.disks[0].file, spec.disks[0].size_bytes) = ("other".into(), 1 << 40);
+    assert!(matches!(lab.ask(create(spec)), Reply::Refused(Refusal::Invalid(why)) if why.contains("san")));
+    assert!(matches!(lab.ask(Command::RemoveVolume { name: "san".into() }), Reply::Refused(Refusal::Conflict(_))));
 }

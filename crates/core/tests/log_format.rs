@@ -104,3 +104,21 @@ fn a_state_read_back_goes_on_the_same_way() {
     assert_eq!(original.apply(&next), copy.apply(&next));
     assert_eq!(original, copy);
 }
+
+#[test]
+fn slabs_in_the_log_and_in_a_snapshot() {
+    let mut lab = Lab::new(2);
+    let kind = VolumeKind::Lun { device: "/dev/sdb".into(), slab_bytes: 16 << 20, slabs: 100 };
+    lab.ask(Command::AddVolume { name: "san".into(), id: Uuid::from_u128(9), kind });
+    let disk =
+        DiskSpec { volume: "san".into(), format: DiskFormat::Raw, ..spec(512, Priority::Medium).disks.remove(0) };
+    lab.create(WEB, "web", VmSpec { disks: vec![disk], ..spec(512, Priority::Medium) });
+    lab.plan();
+    let tenure = *lab.state.vms[&WEB].tenures().next().expect("a right");
+    let (node, term) = (tenure.node, tenure.term);
+    let take = Command::TakeSlabs { volume: "san".into(), node, term, known: vec![(3, 1).into()], most: 4 };
+    assert_eq!(lab.ask(take.clone()), Reply::Slabs(vec![(0, 4).into()]));
+    let map = Command::MapSlabs { vm: WEB, disk: 0, tenure, wanted: vec![(7, 1, 2).into()] };
+    assert_eq!(lab.ask(map.clone()), Reply::Mapped(vec![(7, 1, 2).into()]));
+    golden("slabs.json", &(take, map, lab.state.luns));
+}

@@ -36,6 +36,9 @@ pub struct Config {
     pub fence_agents_dir: PathBuf,
     /// The hardware watchdog: `auto`, `none`, or a device like `/dev/watchdog0`.
     pub watchdog: String,
+    /// Where LUNs are looked for that are not where they were on the node that added
+    /// them.
+    pub lun_dir: PathBuf,
     /// Memory that VMs may use, in bytes or as `12G`; what the host has, less
     /// `reserve_memory`, when empty.
     pub memory: String,
@@ -61,6 +64,7 @@ impl Default for Config {
             qemu: "qemu-system-x86_64".into(),
             fence_agents_dir: "/usr/sbin".into(),
             watchdog: "auto".into(),
+            lun_dir: "/dev/disk/by-id".into(),
             memory: String::new(),
             reserve_memory: "1G".into(),
             cpus: 0,
@@ -114,6 +118,7 @@ impl Config {
         set("HOLDFAST_VOLUMES_DIR", &mut self.volumes_dir);
         set("HOLDFAST_QEMU", &mut self.qemu);
         set("HOLDFAST_FENCE_AGENTS_DIR", &mut self.fence_agents_dir);
+        set("HOLDFAST_LUN_DIR", &mut self.lun_dir);
         if let Some(value) = variable("HOLDFAST_PORT") {
             self.port = value.parse().with_context(|| format!("HOLDFAST_PORT={value:?} is not a port"))?;
         }

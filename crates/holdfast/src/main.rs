@@ -13,10 +13,12 @@ mod keeper;
 mod leases;
 mod process;
 mod realtime;
+mod volume;
 
 use std::process::ExitCode;
 
 use cli::Command;
+use cli::args::{Group, VolumeCommand};
 
 fn main() -> ExitCode {
     let cli = cli::parse();
@@ -24,6 +26,9 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Keeper { config } => process::keeper(config.as_deref()),
         Command::Agent { config } => process::agent(config.as_deref()),
+        Command::Volume(Group { command: VolumeCommand::Serve { config, channel }, .. }) => {
+            process::volume(config.as_deref(), channel)
+        }
         Command::Demo(args) => demo::main(args),
         Command::LabInit { args } => holdfast_lab::init::main(args),
         _ => client(cli),

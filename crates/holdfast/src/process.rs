@@ -1,6 +1,7 @@
 //! The two long-running processes: the keeper, and the agent that it starts.
 
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -34,6 +35,18 @@ pub fn agent(config: Option<&Path>) -> ExitCode {
     end("the agent", run_agent(config))
 }
 
+/// `holdfast volume serve`.
+pub fn volume(config: Option<&Path>, channel: i32) -> ExitCode {
+    // First of all: whatever is opened later must not be taken for it.
+    let channel = crate::realtime::inherited(channel);
+    end("the volume server", channel.map_err(Into::into).and_then(|channel| run_volume(config, channel)))
+}
+
+fn run_volume(config: Option<&Path>, channel: OwnedFd) -> Result<()> {
+    let config = set_up(config)?;
+    crate::volume::serve(channel, &config.run_dir.join(crate::volume::protocol::SOCKET))
+}
+
 fn end(who: &str, ended: Result<()>) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -64,9 +77,13 @@ fn run_keeper(path: Option<&Path>) -> Result<()> {
     if let Some(path) = path {
         agent.extend(["--config".into(), path.into()]);
     }
+    let mut volume: Vec<OsString> = vec![std::env::current_exe()?.into(), "volume".into(), "serve".into()];
+    if let Some(path) = path {
+        volume.extend(["--config".into(), path.into()]);
+    }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let watchdogs = Watchdogs::of_host(config.watchdog()?);
-    Ok(Keeper::run(KeeperConfig { run_dir: config.run_dir, agent, drain: DRAIN, watchdogs })?)
+    Ok(Keeper::run(KeeperConfig { run_dir: config.run_dir, agent, volume, drain: DRAIN, watchdogs })?)
 }
 
 fn run_agent(path: Option<&Path>) -> Result<()> {

@@ -5,15 +5,17 @@
 //! The binary's only file with `unsafe`.
 
 use std::ffi::{CString, OsStr};
-use std::io::{self, Read as _};
+use std::io::{self, IoSliceMut, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::ptr;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::AtomicU64;
 
 use holdfast_core::lease::BootTime;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
@@ -152,6 +154,119 @@ pub fn watchdog_feed(watchdog: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
+/// What everybody on this host who writes to shared disks must know of the node's
+/// lease, in memory that the keeper shares with the volume server.
+#[repr(C)]
+#[derive(Debug)]
+pub struct LeaseWords {
+    /// Odd while VMs may run.
+    pub generation: AtomicU64,
+    /// The node's term.
+    pub term: AtomicU64,
+    /// When the lease ends, as [`BootTime`].
+    pub ends: AtomicU64,
+}
+
+/// A page of memory with [`LeaseWords`], mapped for as long as this lives.
+#[derive(Debug)]
+pub struct LeasePage(NonNull<LeaseWords>);
+
+// SAFETY: the page stays mapped, and only atomics are in it.
+unsafe impl Send for LeasePage {}
+// SAFETY: as above.
+unsafe impl Sync for LeasePage {}
+
+impl LeasePage {
+    /// A new page, all zero, and what another process needs to read it.
+    pub fn create() -> io::Result<(LeasePage, OwnedFd)> {
+        // SAFETY: memfd_create takes a C string and flags.
+        let fd = unsafe { libc::memfd_create(c"lease".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+        let fd = Errno::result(fd)?;
+        // SAFETY: the kernel just made this descriptor and nobody else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        nix::unistd::ftruncate(&fd, size_of::<LeaseWords>() as i64)?;
+        let page = LeasePage::map(&fd, libc::PROT_READ | libc::PROT_WRITE)?;
+        // Whoever gets it reads only, and a map of it never loses its memory.
+        let seals = libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: fcntl with a descriptor that is open and an integer.
+        Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+        Ok((page, fd))
+    }
+
+    /// The page of the process that made `fd`; writing to it ends this process.
+    pub fn open(fd: &OwnedFd) -> io::Result<LeasePage> {
+        // SAFETY: fcntl with a descriptor that is open.
+        let seals = Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) })?;
+        let size = nix::sys::stat::fstat(fd)?.st_size;
+        if seals & libc::F_SEAL_SHRINK == 0 || usize::try_from(size) != Ok(size_of::<LeaseWords>()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "this is not the keeper's lease"));
+        }
+        LeasePage::map(fd, libc::PROT_READ)
+    }
+
+    fn map(fd: &OwnedFd, protection: libc::c_int) -> io::Result<LeasePage> {
+        let (length, fd) = (size_of::<LeaseWords>(), fd.as_raw_fd());
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let at = unsafe { libc::mmap(ptr::null_mut(), length, protection, libc::MAP_SHARED, fd, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        NonNull::new(at.cast()).map(LeasePage).ok_or_else(|| io::Error::other("the kernel mapped nothing"))
+    }
+}
+
+impl std::ops::Deref for LeasePage {
+    type Target = LeaseWords;
+
+    fn deref(&self) -> &LeaseWords {
+        // SAFETY: mapped, aligned to a page, and as long as the words, which any bytes
+        // are valid for; unmapped only when it is dropped.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl Drop for LeasePage {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length, and nobody can borrow it any more.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<LeaseWords>()) };
+    }
+}
+
+/// The descriptor that this process was started with under a number, from now on its
+/// own. Call it once, before anything else was opened.
+///
+/// # Errors
+/// There is none with this number.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl with an integer; it says whether there is such a descriptor.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open, and nobody else in this process knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Waits for a message with descriptors on a socket that keeps messages apart; no
+/// bytes mean that the other end is gone.
+pub fn receive(channel: &OwnedFd, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut room = nix::cmsg_space!([RawFd; 64]);
+    loop {
+        let mut parts = [IoSliceMut::new(&mut *bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = match recvmsg::<UnixAddr>(channel.as_raw_fd(), &mut parts, Some(&mut room), flags) {
+            Err(Errno::EINTR) => continue,
+            message => message?,
+        };
+        let mut fds = Vec::new();
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(numbers) = control {
+                // SAFETY: the kernel made these descriptors for this message and nobody
+                // else owns them.
+                fds.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+            }
+        }
+        return Ok((message.bytes, fds));
+    }
+}
+
 /// What a child becomes, prepared so that nothing needs memory after the fork.
 pub struct Image {
     argv: Vec<CString>,
@@ -159,6 +274,7 @@ pub struct Image {
     directory: Option<CString>,
     log: Option<CString>,
     cgroup: Option<CString>,
+    inherited: Option<RawFd>,
     oom_score: CString,
 }
 
@@ -197,7 +313,15 @@ impl Image {
             environment.push(variable(OsStr::new(name), OsStr::new(value))?);
         }
         let argv = argv.iter().map(|argument| CString::new(argument.as_ref().as_bytes())).collect::<Result<_, _>>()?;
-        Ok(Image { argv, environment, directory: None, log: None, cgroup: None, oom_score: c"0".into() })
+        Ok(Image {
+            argv,
+            environment,
+            directory: None,
+            log: None,
+            cgroup: None,
+            inherited: None,
+            oom_score: c"0".into(),
+        })
     }
 
     /// Works in this directory.
@@ -217,6 +341,12 @@ impl Image {
         let procs = path.join("cgroup.procs");
         self.cgroup = Some(CString::new(procs.as_os_str().as_bytes())?);
         Ok(self)
+    }
+
+    /// Keeps this descriptor, which has to stay open until the child was forked.
+    pub fn inherits(mut self, fd: &impl AsFd) -> Image {
+        self.inherited = Some(fd.as_fd().as_raw_fd());
+        self
     }
 
     /// How readily the kernel kills it when memory runs out, -1000 (never) to 1000.
@@ -396,6 +526,9 @@ unsafe fn become_image(image: &Image, argv: &[*const libc::c_char], environment:
                 return 4;
             }
         }
+        if let Some(inherited) = image.inherited {
+            libc::fcntl(inherited, libc::F_SETFD, 0);
+        }
         let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
         if null < 0 {
             return 3;
@@ -516,6 +649,31 @@ pub(crate) mod tests {
             assert_eq!(report.read(), Some(Err(ExecFailure { step, errno })));
             assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 127));
         }
+    }
+
+    #[test]
+    fn a_lease_is_read_where_it_was_not_written_and_only_read() {
+        let (page, fd) = LeasePage::create().unwrap();
+        let other = LeasePage::open(&fd).unwrap();
+        page.ends.store(7, std::sync::atomic::Ordering::SeqCst);
+        assert_eq!(other.ends.load(std::sync::atomic::Ordering::SeqCst), 7);
+        assert!(LeasePage::map(&fd, libc::PROT_READ | libc::PROT_WRITE).is_err(), "nobody else can write");
+        assert!(LeasePage::open(&std::fs::File::open("/dev/null").unwrap().into()).is_err());
+    }
+
+    #[test]
+    fn a_child_has_the_descriptor_that_it_inherits_and_no_other() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let number = theirs.as_raw_fd();
+        let script = format!("echo here >&{number}; echo there >&{}", ours.as_raw_fd());
+        let image = Image::new(&["bash", "-c", &script], &[]).unwrap().inherits(&theirs);
+        let gated = fork_gated(&image).unwrap();
+        let pid = Pid::from_raw(gated.pid);
+        gated.open().unwrap();
+        assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 1), "the other end was closed");
+        let mut said = [0; 16];
+        let read = (&ours).read(&mut said).unwrap();
+        assert_eq!(&said[..read], b"here\n");
     }
 
     #[test]

@@ -126,7 +126,12 @@ impl Cluster {
         }
         self.name_networks(first, names.len())?;
         let directory = self.lab.shared_directory().display().to_string();
-        client.add_volume(&api::AddVolume { name: VOLUME.into(), directory })?;
+        client.add_volume(&api::AddVolume {
+            name: VOLUME.into(),
+            directory: Some(directory),
+            lun: None,
+            erase: None,
+        })?;
         let uplink = Some(Network::Production.interface().to_owned());
         client.add_switch(&api::AddSwitch { name: SWITCH.into(), kind: api::SwitchKind::External, uplink })?;
         self.wait_ready(FORM_DEADLINE)?;

@@ -75,6 +75,16 @@ pub enum VolumeKind {
         /// The path.
         path: String,
     },
+    /// A block device that every node sees, recognised by what is written on it. Who
+    /// has which slab of it is in [`super::Lun`].
+    Lun {
+        /// Where a node looks for it first: its path on the node that added it.
+        device: String,
+        /// The size of a slab in bytes.
+        slab_bytes: u64,
+        /// How many there are.
+        slabs: u32,
+    },
 }
 
 #[cfg(test)]

@@ -169,6 +169,32 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// A node takes free slabs of a LUN, to zero them. Answered by [`Reply::Slabs`].
+    TakeSlabs {
+        /// The volume.
+        volume: String,
+        /// The node.
+        node: NodeId,
+        /// Its term: what it takes is its own as long as that lasts.
+        term: NodeTerm,
+        /// Those that it knows of: what it has taken besides, and forgotten, comes
+        /// first.
+        known: Vec<Slabs>,
+        /// How many at most.
+        most: u32,
+    },
+    /// Whoever may run a VM makes slabs that its node has zeroed parts of a disk.
+    /// Answered by [`Reply::Mapped`].
+    MapSlabs {
+        /// The VM.
+        vm: VmId,
+        /// Which of its disks.
+        disk: u32,
+        /// The right under which it writes.
+        tenure: Tenure,
+        /// Which parts, in which slabs.
+        wanted: Vec<Mapped>,
+    },
     /// Creates a VM whose disks are still to be made.
     CreateVm {
         /// Its identity.
@@ -262,6 +288,11 @@ pub enum Reply {
     Job(JobId),
     /// Applied; the host is this node now.
     Node(NodeId),
+    /// Applied; these are the node's now.
+    Slabs(Vec<Slabs>),
+    /// Applied; the parts that were asked for are here now, those that are missing
+    /// nowhere.
+    Mapped(Vec<Mapped>),
     /// Refused; nothing changed.
     Refused(Refusal),
 }

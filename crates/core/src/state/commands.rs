@@ -87,9 +87,16 @@ impl ClusterState {
                     return Err(Refusal::duplicate("volume", &name));
                 }
                 if let Some((other, _)) = self.volumes.iter().find(|(_, volume)| volume.kind == kind) {
-                    return Err(Refusal::Conflict(format!("volume {other:?} is on the same directory already")));
+                    let what = match kind {
+                        VolumeKind::Directory { .. } => "directory",
+                        VolumeKind::Lun { .. } => "device",
+                    };
+                    return Err(Refusal::Conflict(format!("volume {other:?} is on the same {what} already")));
                 }
                 self.event(at_ms, Severity::Info, format!("volume {name}"), format!("{by} added it"));
+                if let VolumeKind::Lun { slab_bytes, slabs, .. } = &kind {
+                    self.luns.insert(name.clone(), Lun::new(*slab_bytes, *slabs));
+                }
                 self.volumes.insert(name, Volume { id, kind, added_ms: at_ms });
                 Ok(Reply::Done)
             }
@@ -104,9 +111,14 @@ impl ClusterState {
                     )));
                 }
                 self.volumes.remove(&name);
+                self.luns.remove(&name);
                 self.event(at_ms, Severity::Info, format!("volume {name}"), format!("{by} removed it; its files stay"));
                 Ok(Reply::Done)
             }
+            Command::TakeSlabs { volume, node, term, known, most } => {
+                self.take_slabs(&volume, node, term, &known, most)
+            }
+            Command::MapSlabs { vm, disk, tenure, wanted } => self.map_slabs(vm, disk, &tenure, &wanted),
             Command::CreateVm { id, name, spec, node, sources } => {
                 self.create_vm(at_ms, by, id, name, spec, node, sources)
             }

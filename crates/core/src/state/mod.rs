@@ -6,6 +6,7 @@ mod decisions;
 mod fencing;
 mod generation;
 mod jobs;
+mod luns;
 mod vms;
 mod votes;
 mod witness;
@@ -67,6 +68,9 @@ pub struct ClusterState {
     pub switches: BTreeMap<String, SwitchKind>,
     /// Volumes, by name.
     pub volumes: BTreeMap<String, Volume>,
+    /// The slabs of volumes on LUNs, by the volume's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub luns: BTreeMap<String, Lun>,
     /// How nodes' hosts can be switched off.
     #[serde(default)]
     pub fencing: BTreeMap<NodeId, PowerFencing>,
@@ -96,7 +100,11 @@ impl ClusterState {
             Ok(reply) => reply,
             Err(refusal) => Reply::Refused(refusal),
         };
-        self.revision += 1;
+        // No decision stands on who has which slab: a guest that writes must not make
+        // the coordinator decide again.
+        if !matches!(proposal.command, Command::TakeSlabs { .. } | Command::MapSlabs { .. }) {
+            self.revision += 1;
+        }
         self.settle_jobs(proposal.at_ms);
         self.answered.push_back((proposal.id, reply.clone()));
         while self.answered.len() > REQUESTS_KEPT {
@@ -105,8 +113,8 @@ impl ClusterState {
         reply
     }
 
-    /// A copy to try decisions on: without what happened before, of which nothing
-    /// follows and which is most of the state.
+    /// A copy to try decisions on: without what happened before and who has which slab,
+    /// of which nothing follows and which is most of the state.
     pub(crate) fn without_history(&self) -> Self {
         ClusterState {
             revision: self.revision,
@@ -125,6 +133,7 @@ impl ClusterState {
             networks: self.networks.clone(),
             switches: self.switches.clone(),
             volumes: self.volumes.clone(),
+            luns: BTreeMap::new(),
             vms: self.vms.clone(),
             jobs: self.running_jobs().map(|job| (job.id, job.clone())).collect(),
             last_job: self.last_job,

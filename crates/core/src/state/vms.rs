@@ -23,6 +23,7 @@ impl ClusterState {
             return Err(Refusal::duplicate("VM", &name));
         }
         self.valid_spec(&spec)?;
+        self.valid_lun_disks(&spec, &sources)?;
         if !self.nodes.contains_key(&node) {
             return Err(Refusal::unknown("node", node));
         }
@@ -31,6 +32,7 @@ impl ClusterState {
         }
         let job = self.begin_job(at_ms, by, Work::Create { start: sources.start }, id, &name);
         self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} created it"));
+        self.make_lun_files(id, &spec);
         let vm = Vm {
             id,
             name,
@@ -284,6 +286,7 @@ impl ClusterState {
             Work::Create { .. } if self.vms.get(&vm).is_some_and(|vm| vm.disks != DiskStage::Ready) => {
                 // Nothing half-made: the node that makes its disks deletes them.
                 self.vms.remove(&vm);
+                self.drop_lun_files(vm);
                 self.end_job(at_ms, id, Outcome::Cancelled);
             }
             Work::Stop => {

@@ -88,6 +88,10 @@ impl Agent {
         let qemu_img = QemuImg::new("qemu-img");
         let count = vm.spec.disks.len();
         for (index, disk) in vm.spec.disks.iter().enumerate() {
+            if self.is_on_lun(disk) {
+                // Nothing of it is there, so it reads as zero.
+                continue;
+            }
             let path = self.volume_path(&disk.volume, &disk.file);
             let made = match sources.images.get(index).and_then(Option::as_ref) {
                 None => qemu_img.create(&path, disk.format, disk.size_bytes, DEADLINE).await,
@@ -114,9 +118,15 @@ impl Agent {
         Ok(())
     }
 
-    /// The VM's own directory on each volume that it uses.
+    /// Whether a disk is slabs, and no file.
+    fn is_on_lun(&self, disk: &DiskSpec) -> bool {
+        self.state().luns.contains_key(&disk.volume)
+    }
+
+    /// The VM's own directory on each directory volume that it uses.
     fn directories(&self, vm: &Vm) -> Vec<PathBuf> {
-        let mut volumes: Vec<_> = vm.spec.disks.iter().map(|disk| &disk.volume).collect();
+        let files = vm.spec.disks.iter().filter(|disk| !self.is_on_lun(disk));
+        let mut volumes: Vec<_> = files.map(|disk| &disk.volume).collect();
         volumes.sort_unstable();
         volumes.dedup();
         volumes.into_iter().map(|volume| self.volume_path(volume, &Vm::directory(vm.id, &vm.name))).collect()

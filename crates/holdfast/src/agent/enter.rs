@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::lane::ConsensusLane;
 use super::peers::{Peers, addresses, heartbeat_addresses};
-use super::{Agent, Failure, Member, guests, members, now_ms, report, rpc};
+use super::{Agent, Failure, Member, guests, members, now_ms, report, rpc, serving};
 use crate::generation::{Allegiance, Kept};
 use crate::heartbeat::SecretKey;
 use crate::identity::{self, Identity};
@@ -125,6 +125,7 @@ impl Agent {
             roll: members::Roll::new(),
             witnesses,
             guests: guests::Guests::default(),
+            serving: serving::Serving::default(),
         }));
         if self.0.member.set(member).is_err() {
             anyhow::bail!("this host is in a cluster already");
@@ -182,6 +183,7 @@ impl Agent {
         tokio::spawn(self.clone().keep_watchdog(member));
         tokio::spawn(self.clone().keep_volumes(member));
         tokio::spawn(self.clone().keep_guests(member));
+        tokio::spawn(self.clone().keep_serving(member));
         tokio::spawn(self.clone().keep_disks(member));
     }
 

@@ -25,6 +25,8 @@ const EVERY: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_millis(200);
 /// How long a fresh QEMU may take to answer on its monitor.
 const GREETING: Duration = Duration::from_secs(10);
+/// A QEMU that waits for whoever serves its disks is given up after this.
+const MUTE: Duration = Duration::from_secs(60);
 /// A guest may miss the first press of its power button while it boots.
 const PRESS_AGAIN: Duration = Duration::from_secs(10);
 /// A disk that failed is tried again this often.
@@ -90,13 +92,24 @@ struct Guest {
     begun: Option<Epoch>,
     /// When a failed disk was last tried again.
     disk_tried: Option<Instant>,
+    /// Since when the monitor does not answer, in this epoch.
+    mute_since: Option<(Epoch, Instant)>,
 }
 
 impl Agent {
     pub(super) async fn keep_guest(self, member: &'static Member, vm: VmId) {
         let mut changes = self.changes();
         let mut keeper = self.0.keeper.watch();
-        let mut guest = Guest { agent: self, member, vm, monitor: None, pressed: None, begun: None, disk_tried: None };
+        let mut guest = Guest {
+            agent: self,
+            member,
+            vm,
+            monitor: None,
+            pressed: None,
+            begun: None,
+            disk_tried: None,
+            mute_since: None,
+        };
         loop {
             changes.borrow_and_update();
             keeper.borrow_and_update();
@@ -161,15 +174,24 @@ impl Guest {
         }
         self.forget_all_but(epoch, &view).await;
         let Some(epoch) = epoch else {
+            self.agent.withdraw_disks(self.member, self.vm, None).await?;
             self.clear_away().await;
             return Ok(Next::Over);
         };
         let process = view.process(self.vm, epoch).cloned();
         if let Some(over) = process.as_ref().and_then(|process| self.how_it_ended(process, &view)) {
+            // Said only when nothing that it had asked of its disks is under way.
+            self.agent.withdraw_disks(self.member, self.vm, None).await?;
             self.monitor = None;
             self.member.guests.set_waiting(self.vm, None);
             self.say(epoch, over);
             return Ok(Next::Wait);
+        }
+        self.agent.withdraw_disks(self.member, self.vm, Some(epoch)).await?;
+        if process.is_some()
+            && let Wish::Run { tenure, .. } | Wish::Send { tenure, .. } = &wish
+        {
+            self.agent.keep_disks_served(self.member, self.vm, *tenure).await?;
         }
         match wish {
             Wish::Nothing => Ok(Next::Over),
@@ -277,6 +299,20 @@ impl Guest {
         Ok(qmp)
     }
 
+    /// Its monitor does not answer. One whose disk is served waits for the server before
+    /// it answers, perhaps for ever: it is as good as one that does not start.
+    async fn mute(&mut self, epoch: Epoch, error: QemuError) -> anyhow::Result<Next> {
+        let (of, since) = *self.mute_since.get_or_insert((epoch, Instant::now()));
+        if of != epoch {
+            self.mute_since = None;
+        } else if self.agent.has_served_disks(self.member, self.vm) && since.elapsed() >= MUTE {
+            tracing::error!(vm = %self.vm, %error, "its QEMU does not come to life; it is ended");
+            self.agent.0.keeper.kill(self.vm, epoch).await?;
+            return Ok(Next::Soon(Duration::ZERO));
+        }
+        Err(error.into())
+    }
+
     /// A VM that runs here and should.
     async fn run(&mut self, tenure: Tenure, desired: Desired, restart: bool) -> anyhow::Result<Next> {
         let epoch = tenure.epoch;
@@ -288,8 +324,9 @@ impl Guest {
             Ok(qmp) => qmp,
             // It is on its way out; the keeper tells.
             Err(error) if error.is_gone() => return Ok(Next::Soon(SOON)),
-            Err(error) => return Err(error.into()),
+            Err(error) => return self.mute(epoch, error).await,
         };
+        self.mute_since = None;
         let asked_off = desired == Desired::Stopped || restart;
         let state = qmp.query_status().await?.state;
         match state {

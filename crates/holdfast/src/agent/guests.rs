@@ -77,6 +77,10 @@ impl Agent {
         let paused = self.state().vms.get(&vm).is_some_and(|vm| vm.desired == Desired::Paused);
         // Before it runs: its task here sees that too, and may be the first to say so.
         member.reports.keep_moved(vm, call.epoch, call.moved);
+        // The source writes nothing any more.
+        if let Err(error) = self.admit_writes(member, vm, call.epoch, &call.parts).await {
+            return HandedOver::Again(format!("{error:#}"));
+        }
         // The source's word can be faster than QEMU's last step here.
         let until = Instant::now() + LAST_STEP;
         let done = loop {

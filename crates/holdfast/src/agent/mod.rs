@@ -18,10 +18,12 @@ mod guest;
 mod guests;
 mod keeper_link;
 mod lane;
+mod luns;
 mod members;
 pub mod peers;
 mod report;
 pub mod rpc;
+mod serving;
 mod succession;
 mod volumes;
 mod witness;
@@ -95,6 +97,7 @@ struct Member {
     roll: members::Roll,
     witnesses: Arc<witness::Seats>,
     guests: guests::Guests,
+    serving: serving::Serving,
 }
 
 /// Milliseconds since the Unix epoch.

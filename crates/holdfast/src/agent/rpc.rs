@@ -1,6 +1,8 @@
 //! What agents ask of each other, under `/node/`; and the one thing that a host
 //! asks that is no node yet. Who may call is settled before (`http/gate.rs`).
 
+use std::collections::BTreeMap;
+
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -15,6 +17,7 @@ use tokio::time::{Duration, Instant};
 
 use super::enter::{JoinAnswer, JoinRefusal, JoinRequest};
 use super::fencing::FenceTestCall;
+use super::luns::{LunProbe, LunProbed};
 use super::report::Numbered;
 use super::succession::Succession;
 use super::volumes::{Probe, Probed};
@@ -37,6 +40,8 @@ pub const QUORUM: &str = "/node/quorum";
 pub const HAND_OVER: &str = "/node/hand-over";
 /// Looks at a directory that is to become a volume.
 pub const PROBE: &str = "/node/probe-volume";
+/// Looks at a LUN that is to become a volume.
+pub const PROBE_LUN: &str = "/node/probe-lun";
 /// Tries out the power fencing of a third node.
 pub const FENCE_TEST: &str = "/node/fence-test";
 /// Lets a host join.
@@ -77,12 +82,15 @@ pub enum Handover {
 }
 
 /// The target's QEMU that is meant, and the figures of its coming.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HandoverCall {
     /// The target's epoch.
     pub epoch: Epoch,
     /// By the source's account.
     pub moved: Option<Moved>,
+    /// Where the parts of the guest's disks on LUNs are, by the disks' numbers.
+    #[serde(default)]
+    pub parts: BTreeMap<u32, Vec<Mapped>>,
 }
 
 /// What the target answers.
@@ -114,6 +122,7 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
         .route(QUORUM, post(quorum))
         .route(HAND_OVER, post(hand_over))
         .route(PROBE, post(probe))
+        .route(PROBE_LUN, post(probe_lun))
         .route(FENCE_TEST, post(fence_test))
         .route("/node/vms/{vm}/announce", post(announce))
         .route("/node/vms/{vm}/continue", post(go_on))
@@ -186,6 +195,10 @@ async fn hand_over(State(context): State<Context>, Json(to): Json<Option<NodeId>
 
 async fn probe(State(context): State<Context>, Json(probe): Json<Probe>) -> Json<Probed> {
     Json(context.agent.probe_volume(probe).await)
+}
+
+async fn probe_lun(State(context): State<Context>, Json(probe): Json<LunProbe>) -> Json<LunProbed> {
+    Json(context.agent.probe_lun(probe).await)
 }
 
 async fn fence_test(State(context): State<Context>, Json(call): Json<FenceTestCall>) -> Json<FenceTest> {

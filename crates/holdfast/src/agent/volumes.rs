@@ -1,4 +1,4 @@
-//! Directory volumes: the link under the volumes directory, and the mark by
+//! What this node sees of the volumes. Directory volumes: the link under the volumes directory, and the mark by
 //! which every node knows that it sees the same directory.
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Agent, Failure, Member, rpc};
+use super::{Agent, Failure, Member, luns, rpc};
 use crate::identity::write_durably;
 
 /// The file in a volume's directory that says which volume it is.
@@ -115,9 +115,13 @@ impl Agent {
             if !changes.borrow().cluster.name.is_empty() {
                 let dir = self.0.config.volumes_dir.clone();
                 let wanted = volumes.clone();
-                let unreachable = on_disk(move || Ok(look(&dir, &wanted)))
-                    .await
-                    .unwrap_or_else(|why| volumes.keys().map(|name| (name.clone(), why.clone())).collect());
+                let luns = self.0.config.lun_dir.clone();
+                let Seen { unreachable, devices } =
+                    on_disk(move || Ok(look(&dir, &luns, &wanted))).await.unwrap_or_else(|why| Seen {
+                        unreachable: volumes.keys().map(|name| (name.clone(), why.clone())).collect(),
+                        devices: BTreeMap::new(),
+                    });
+                member.serving.found(devices);
                 member.reports.say(|report| report.unreachable = unreachable);
                 known = Some(volumes);
             }
@@ -128,7 +132,9 @@ impl Agent {
 }
 
 /// Runs something that may hang with the storage behind it, for a bounded time.
-async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+pub(super) async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
     match timeout(DEADLINE, tokio::task::spawn_blocking(work)).await {
         Ok(Ok(done)) => done,
         Ok(Err(error)) => Err(format!("failed: {error}")),
@@ -170,13 +176,27 @@ fn see_mark(dir: &Path, volume: Uuid) -> Probed {
     }
 }
 
-/// Makes the links true; returns the volumes that this node does not reach.
-fn look(root: &Path, volumes: &BTreeMap<String, Volume>) -> BTreeMap<String, String> {
-    let mut unreachable = BTreeMap::new();
+/// What a node sees of the volumes.
+struct Seen {
+    /// Those that it does not reach, and why.
+    unreachable: BTreeMap<String, String>,
+    /// Where LUNs are, by their volumes' identities.
+    devices: BTreeMap<Uuid, PathBuf>,
+}
+
+/// Makes the links true, and looks which volumes this node reaches.
+fn look(root: &Path, luns: &Path, volumes: &BTreeMap<String, Volume>) -> Seen {
+    let (mut unreachable, mut devices) = (BTreeMap::new(), BTreeMap::new());
     for (name, volume) in volumes {
-        let VolumeKind::Directory { path } = &volume.kind;
-        let linked = see_mark(Path::new(path), volume.id).and_then(|()| link(&root.join(name), Path::new(path)));
-        if let Err(why) = linked {
+        let reached = match &volume.kind {
+            VolumeKind::Directory { path } => {
+                see_mark(Path::new(path), volume.id).and_then(|()| link(&root.join(name), Path::new(path)))
+            }
+            VolumeKind::Lun { device, .. } => {
+                luns::find(volume.id, Path::new(device), luns).map(|path| drop(devices.insert(volume.id, path)))
+            }
+        };
+        if let Err(why) = reached {
             unreachable.insert(name.clone(), why);
         }
     }
@@ -188,7 +208,7 @@ fn look(root: &Path, volumes: &BTreeMap<String, Volume>) -> BTreeMap<String, Str
             let _ = std::fs::remove_file(entry.path());
         }
     }
-    unreachable
+    Seen { unreachable, devices }
 }
 
 fn link(at: &Path, to: &Path) -> Result<(), String> {
@@ -231,12 +251,12 @@ mod tests {
         put_mark(dir.path(), &Mark { volume: id, name: "vol1".into(), cluster: "lab".into() }).unwrap();
         let kind = VolumeKind::Directory { path: dir.path().to_string_lossy().into_owned() };
         let volumes = BTreeMap::from([("vol1".to_owned(), Volume { id, kind, added_ms: 0 })]);
-        assert_eq!(look(root.path(), &volumes), BTreeMap::new());
+        assert_eq!(look(root.path(), root.path(), &volumes).unreachable, BTreeMap::new());
         assert_eq!(std::fs::read_link(root.path().join("vol1")).unwrap(), dir.path());
         std::fs::create_dir(root.path().join("other")).unwrap();
-        assert_eq!(look(root.path(), &BTreeMap::new()), BTreeMap::new());
+        assert_eq!(look(root.path(), root.path(), &BTreeMap::new()).unreachable, BTreeMap::new());
         assert!(!root.path().join("vol1").exists() && root.path().join("other").exists());
         std::fs::create_dir(root.path().join("vol1")).unwrap();
-        assert!(look(root.path(), &volumes)["vol1"].contains("something else"));
+        assert!(look(root.path(), root.path(), &volumes).unreachable["vol1"].contains("something else"));
     }
 }

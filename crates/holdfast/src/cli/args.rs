@@ -325,8 +325,14 @@ pub enum VolumeCommand {
         /// Its name.
         name: String,
         /// A directory that every node sees under this path.
-        #[arg(long, value_name = "PATH")]
-        directory: String,
+        #[arg(long, value_name = "PATH", required_unless_present = "lun", conflicts_with = "lun")]
+        directory: Option<String>,
+        /// A LUN: a block device that every node sees, by its path on the node that is asked.
+        #[arg(long, value_name = "DEVICE")]
+        lun: Option<String>,
+        /// What is on the LUN and may be destroyed, in the word that the refusal gave.
+        #[arg(long, value_name = "WHAT", requires = "lun")]
+        erase: Option<String>,
     },
     /// List the volumes.
     List,
@@ -339,6 +345,15 @@ pub enum VolumeCommand {
     Remove {
         /// Its name.
         name: String,
+    },
+    /// Serve this node's disks on LUNs; started by the keeper.
+    #[command(hide = true)]
+    Serve {
+        /// The configuration file.
+        #[arg(long, value_name = "FILE", env = "HOLDFAST_CONFIG")]
+        config: Option<PathBuf>,
+        /// The descriptor on which the keeper speaks.
+        channel: i32,
     },
 }
 
@@ -460,6 +475,7 @@ mod tests {
             "switch list",
             "switch remove lan",
             "volume add main --directory /srv/main",
+            "volume add san --lun /dev/disk/by-id/wwn-0x5000 --erase ext",
             "volume show main --json",
             "vm create web --cpus 2 --memory 2G --disk main:20G,format=raw --image /tmp/i.qcow2 --nic lan,vlan=7 --priority high --start",
             "vm create web --kernel /k --initrd /i --append console=ttyS0 --disk main:1G",

@@ -301,8 +301,11 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
             let () = client.delete(&format!("/api/v1/volumes/{}", segment(&name))).await?;
             return done(json, format!("Volume {name} is removed; its files stay."));
         }
-        VolumeCommand::Add { name, directory } => {
-            client.post("/api/v1/volumes", &api::AddVolume { name, directory }).await?
+        VolumeCommand::Add { name, directory, lun, erase } => {
+            client.post("/api/v1/volumes", &api::AddVolume { name, directory, lun, erase }).await?
+        }
+        VolumeCommand::Serve { .. } => {
+            return Err(super::CliError::Local("this command is not run by the client".into()));
         }
         VolumeCommand::Show { name } => client.get(&format!("/api/v1/volumes/{}", segment(&name))).await?,
     };
@@ -310,6 +313,10 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
         return output::json(&volume);
     }
     let reach = |reach: &api::Reach| match (reach.ok, &reach.why) {
+        (Some(true), _) if volume.kind == api::VolumeKind::Lun => format!("{}: direct", reach.node),
+        (Some(false), why) if volume.kind == api::VolumeKind::Lun => {
+            format!("{}: unavailable: {}", reach.node, why.as_deref().unwrap_or("it did not say why"))
+        }
         (Some(true), _) => format!("{}: reaches it", reach.node),
         (Some(false), why) => format!("{}: does not: {}", reach.node, why.as_deref().unwrap_or("it did not say why")),
         (None, _) => format!("{}: has not said yet", reach.node),
@@ -319,9 +326,10 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
         ("id", volume.id.clone()),
         ("kind", output::word(&volume.kind)),
         ("path", volume.path.clone()),
-        ("mounted at", volume.mounted_at.clone()),
+        ("mounted at", output::or_dash(volume.mounted_at.clone())),
         ("size", output::or_dash(volume.size_bytes.map(output::size))),
         ("free", output::or_dash(volume.free_bytes.map(output::size))),
+        ("promised", output::or_dash(volume.promised_bytes.map(output::size))),
         ("nodes", volume.reach.iter().map(reach).collect::<Vec<_>>().join("\n")),
         ("vms", volume.vms.join(", ")),
         ("added", output::moment(volume.added_ms)),

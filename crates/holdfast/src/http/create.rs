@@ -71,9 +71,11 @@ pub async fn command(agent: &Agent, request: api::CreateVm) -> Result<Command, A
             None => None,
         };
         let size = disk_size(index, disk.size, filling.as_ref().map(|f| f.virtual_bytes))?;
-        let (path, volume) = (agent.volume_path(&disk.volume, ""), disk.volume.clone());
-        let room = blocking(move || Ok(room_at(&path))).await?;
-        fits_volume(index, size, &volume, room)?;
+        if !state.luns.contains_key(&disk.volume) {
+            let (path, volume) = (agent.volume_path(&disk.volume, ""), disk.volume.clone());
+            let room = blocking(move || Ok(room_at(&path))).await?;
+            fits_volume(index, size, &volume, room)?;
+        }
         sizes.push(size);
         images.push(filling.map(|filling| filling.path));
     }
@@ -348,7 +350,7 @@ async fn look_at_boot(
 }
 
 /// The one volume for kernel and ramdisk: the one that they name, or the first
-/// disk's, or the only one.
+/// disk's, or the only one that holds files.
 fn boot_volume(
     state: &ClusterState,
     wanted: &api::VmDefinition,
@@ -367,10 +369,14 @@ fn boot_volume(
         }
         (Some(volume), _) | (None, Some(volume)) => volume,
         (None, None) => {
-            let only = || state.volumes.keys().next().filter(|_| state.volumes.len() == 1);
-            let first = wanted.disks.first().map(|disk| &disk.volume);
-            first.or_else(only).cloned().ok_or_else(|| {
-                ApiError::invalid("a VM without disks names its kernel as VOLUME:PATH, so that every node can read it")
+            let holds_files = |volume: &&String| !state.luns.contains_key(*volume);
+            let mut all = state.volumes.keys().filter(holds_files);
+            let only = all.next().filter(|_| all.next().is_none());
+            let first = wanted.disks.first().map(|disk| &disk.volume).filter(holds_files);
+            first.or(only).cloned().ok_or_else(|| {
+                ApiError::invalid(
+                    "a VM without a disk in a directory names its kernel as VOLUME:PATH, so that every node can read it",
+                )
             })?
         }
     };

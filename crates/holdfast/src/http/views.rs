@@ -111,6 +111,14 @@ fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
             warnings.push(format!("node {name} does not reach volume {volume}: {why}"));
         }
     }
+    for (name, lun) in &state.luns {
+        let full = u64::from(lun.used_slabs()) * 100 / u64::from(lun.slabs.max(1));
+        if full >= FULL_PERCENT {
+            warnings.push(format!(
+                "volume {name} is {full} % full: when it is full, VMs whose disks need more room of it stand still"
+            ));
+        }
+    }
     for vm in state.vms.values() {
         if vm.desired.wants_qemu() && vm.hold.is_some() {
             warnings.push(holdfast_core::explain::standing(state, vm));
@@ -225,6 +233,9 @@ pub fn switch(state: &ClusterState, name: &str, kind: &SwitchKind) -> api::Switc
     }
 }
 
+/// From here on a volume that can be full without notice is warned of, in percent.
+const FULL_PERCENT: u64 = 85;
+
 /// Room on a volume, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
@@ -243,7 +254,15 @@ pub fn volume(
     room: Option<Room>,
     observed: Seen<'_>,
 ) -> api::VolumeView {
-    let VolumeKind::Directory { path } = &volume.kind;
+    let (kind, path, mounted_at) = match &volume.kind {
+        VolumeKind::Directory { path } => (api::VolumeKind::Directory, path, Some(mounted_at)),
+        VolumeKind::Lun { device, .. } => (api::VolumeKind::Lun, device, None),
+    };
+    let lun = state.luns.get(name);
+    let room = lun.map_or(room, |lun| {
+        let bytes = |slabs: u32| u64::from(slabs) * lun.slab_bytes;
+        Some(Room { size: bytes(lun.slabs), free: bytes(lun.slabs - lun.used_slabs()) })
+    });
     let reach = |node: &Node| {
         // A node that is not up may have said something long ago.
         let said = report(observed, node).filter(|_| node.is_up());
@@ -254,11 +273,12 @@ pub fn volume(
     api::VolumeView {
         name: name.into(),
         id: volume.id.to_string(),
-        kind: api::VolumeKind::Directory,
+        kind,
         path: path.clone(),
         mounted_at,
         size_bytes: room.map(|room| room.size),
         free_bytes: room.map(|room| room.free),
+        promised_bytes: lun.map(|lun| lun.files.values().map(|file| file.bytes).sum()),
         reach: state.nodes.values().map(reach).collect(),
         vms: names(state.vms.values().filter(on_it).map(|vm| &vm.name)),
         added_ms: volume.added_ms,

@@ -418,8 +418,8 @@ impl LeaseThread {
         let term = self.table.view().term;
         let ended = self.lease.ends().unwrap_or(now).min(now);
         self.table.close();
-        // The volume server stops submitting writes here, before any VM is killed:
-        // it will watch a word of shared memory that is set at this place.
+        // The volume server submits no write from here on, before any VM is killed: the
+        // table's lease is in memory that it reads before each. Then it is killed, too.
         let killed = self.table.kill_all();
         let late_us = boot_time().0.saturating_sub(ended.0) / 1_000;
         self.table.ended(late_us);

@@ -1,5 +1,5 @@
 //! The keeper: the small process that never needs a restart. It is the parent of
-//! every VM's QEMU and of the agent, renews the node's lease, and kills the VMs
+//! every VM's QEMU, of the agent and of the volume server, renews the node's lease, and kills the VMs
 //! when the lease ends. No consensus, no API, no disk.
 //!
 //! ```text
@@ -29,6 +29,7 @@ mod lease;
 mod leftovers;
 mod table;
 mod vms;
+mod volume;
 pub mod watchdog;
 
 #[cfg(test)]
@@ -62,6 +63,7 @@ use self::leftovers::{Leftover, Records};
 use self::protocol::{Configuration, Event, Exit, Greeting, Refusal, Reply, Request};
 use self::table::Table;
 use self::vms::{Due, Vms};
+use self::volume::VolumeServer;
 use self::watchdog::{WatchdogLine, Watchdogs};
 use crate::heartbeat::{KeyError, draw};
 use crate::realtime::{LEASE_PRIORITY, go_realtime, lock_memory};
@@ -87,6 +89,9 @@ pub struct KeeperConfig {
     pub run_dir: PathBuf,
     /// The agent: program and arguments. Restarted whenever it ends.
     pub agent: Vec<OsString>,
+    /// The volume server, likewise, less its last argument; started once a disk on a
+    /// LUN is to be served.
+    pub volume: Vec<OsString>,
     /// How long the agent may take to end when the keeper is told to stop: time
     /// in which it moves the VMs away.
     pub drain: Duration,
@@ -141,6 +146,7 @@ pub struct Keeper {
     leftovers: Vec<Leftover>,
     retry_at: Instant,
     agent: Agent,
+    volume: VolumeServer,
     identity: Option<(Uuid, NodeId)>,
     /// Waits until the leftovers are dead.
     configured: Option<Box<Heartbeating>>,
@@ -211,7 +217,7 @@ impl Keeper {
             .map_err(|errno| system("signalfd")(errno.into()))?;
         let socket = run_dir.join(SOCKET);
         let control = Control::listen(&socket).map_err(file(&socket))?;
-        let table = Arc::new(Table::new());
+        let table = Arc::new(Table::new().map_err(system("shared memory"))?);
         let lease = start_lease_thread(life, &table).map_err(system("a lease thread"))?;
         let watchdog = WatchdogLine::start(config.watchdogs.clone(), &run_dir, &table, &lease.notify)
             .map_err(system("a watchdog thread"))?;
@@ -223,6 +229,7 @@ impl Keeper {
         }
         let mut agent = Agent::new(config.agent.clone()).map_err(system("an agent to start"))?;
         agent.start_if_due();
+        let volume = VolumeServer::new(config.volume.clone());
         Ok(Keeper {
             config,
             life,
@@ -233,6 +240,7 @@ impl Keeper {
             leftovers,
             retry_at: Instant::now(),
             agent,
+            volume,
             identity: None,
             configured: None,
             lease,
@@ -291,7 +299,8 @@ impl Keeper {
             Ending::Draining(until) | Ending::Killing(until) => *until,
         });
         let agent = self.agent.due().filter(|_| self.ending.is_none());
-        [retry, ending, agent].into_iter().flatten().min()
+        let volume = self.volume.due().filter(|_| self.ending.is_none() && self.table.permit_now().is_ok());
+        [retry, ending, agent, volume].into_iter().flatten().min()
     }
 
     /// Everything that is due; `Some` when the keeper has come to its end.
@@ -304,10 +313,12 @@ impl Keeper {
         }
         self.read_signals();
         self.vms.tidy();
+        self.volume.tidy(&self.table);
         self.clear_leftovers();
         match self.ending {
             None => {
                 self.agent.start_if_due();
+                self.volume.start_if_due(&self.table, self.vms.records());
                 None
             }
             Some(_) => self.end(),
@@ -366,6 +377,11 @@ impl Keeper {
         if self.agent.ended(pid, exit) {
             return;
         }
+        if self.volume.ended(pid, exit, &self.table, self.vms.records()) {
+            // The lease thread may be waiting for the last one to be dead.
+            let _ = self.lease.wake.write(1);
+            return;
+        }
         let Some((tag, due)) = self.vms.ended(pid, exit) else {
             return;
         };
@@ -417,6 +433,14 @@ impl Keeper {
             }
             Request::List => Ok(Reply::Vms(self.vms.list())),
             Request::Forget(tag) => self.vms.forget(tag),
+            Request::Listen { path } => match self.volume.listen(&path) {
+                Ok(()) => Ok(Reply::Done),
+                Err(error) => Err(Refusal::NoSocket { path, why: error.to_string() }),
+            },
+            Request::Unlisten { path } => {
+                self.volume.unlisten(&path);
+                Ok(Reply::Done)
+            }
             Request::Subscribe => {
                 // Answered first, so that the list comes before every event.
                 self.control.reply(asked, Ok(Reply::Vms(self.vms.list())));
@@ -507,13 +531,14 @@ impl Keeper {
             }
             self.agent.kill();
             self.vms.kill_all();
+            self.volume.kill();
             self.ending = Some(Ending::Killing(now + DEATH));
         }
         let Some(Ending::Killing(until)) = self.ending else {
             return None;
         };
         match self.vms.alive_count() {
-            0 if !self.agent.alive() => Some(Ok(())),
+            0 if !self.agent.alive() && !self.volume.alive() => Some(Ok(())),
             count if now >= until => Some(Err(KeeperError::Undead { count })),
             _ => None,
         }

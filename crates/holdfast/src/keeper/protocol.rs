@@ -48,6 +48,17 @@ pub enum Request {
     /// End in order, as when the service is stopped: what starts next may serve another
     /// node. Answered by [`Reply::Done`] before that is done.
     End,
+    /// Have the volume server serve a socket at this path, in every life of it.
+    /// Answered by [`Reply::Done`].
+    Listen {
+        /// The path, absolute.
+        path: PathBuf,
+    },
+    /// Nothing is served at this path any more. Answered by [`Reply::Done`].
+    Unlisten {
+        /// The path.
+        path: PathBuf,
+    },
     /// Send events from now on. Answered by [`Reply::Vms`] as of this moment, so
     /// that nothing falls between the list and the first event.
     Subscribe,
@@ -305,6 +316,14 @@ pub enum Refusal {
         step: String,
         /// The system's reason.
         error: String,
+    },
+    /// There can be no socket at a path.
+    #[error("cannot listen at {path}: {why}")]
+    NoSocket {
+        /// Where.
+        path: PathBuf,
+        /// The system's reason.
+        why: String,
     },
     /// The keeper is on its way out.
     #[error("the keeper is stopping")]

@@ -14,6 +14,7 @@
 //! All of it is sequentially consistent, so either the lease thread sees the
 //! pidfd, or the main thread sees the new generation and the gate stays shut.
 
+use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicI32, AtomicU64};
@@ -23,7 +24,7 @@ use holdfast_core::lease::BootTime;
 use holdfast_core::watchdog::Seen;
 
 use super::protocol::{LeaseView, Refusal};
-use crate::realtime::{boot_time, pidfd_kill};
+use crate::realtime::{LeasePage, boot_time, pidfd_kill};
 
 /// How many VMs one keeper can hold.
 pub const CAPACITY: usize = 512;
@@ -33,10 +34,9 @@ const NEVER: u64 = u64::MAX;
 
 /// Shared by the keeper's threads.
 pub struct Table {
-    /// Odd while VMs may run.
-    generation: AtomicU64,
-    term: AtomicU64,
-    ends: AtomicU64,
+    lease: LeasePage,
+    /// Lets the volume server read `lease`.
+    lease_fd: OwnedFd,
     length_ms: AtomicU64,
     late_us: AtomicU64,
     /// Odd while [`Table::kill_all`] is going through the slots.
@@ -50,34 +50,39 @@ pub struct Permit(u64);
 
 impl Table {
     /// No lease, no processes.
-    pub fn new() -> Self {
-        Table {
-            generation: AtomicU64::new(0),
-            term: AtomicU64::new(0),
-            ends: AtomicU64::new(0),
+    pub fn new() -> io::Result<Self> {
+        let (lease, lease_fd) = LeasePage::create()?;
+        Ok(Table {
+            lease,
+            lease_fd,
             length_ms: AtomicU64::new(0),
             late_us: AtomicU64::new(NEVER),
             passes: AtomicU64::new(0),
             pidfds: [const { AtomicI32::new(FREE) }; CAPACITY],
-        }
+        })
+    }
+
+    /// With which another process can read the lease.
+    pub fn lease_fd(&self) -> &OwnedFd {
+        &self.lease_fd
     }
 
     /// Whether VMs may run, for the lease thread's own use.
     pub fn open(&self) -> bool {
-        !self.generation.load(SeqCst).is_multiple_of(2)
+        !self.lease.generation.load(SeqCst).is_multiple_of(2)
     }
 
     /// Lease thread: VMs may run.
     pub fn gain(&self, term: NodeTerm, ends: BootTime) {
         debug_assert!(!self.open());
-        self.term.store(term.0, SeqCst);
-        self.ends.store(ends.0, SeqCst);
-        self.generation.fetch_add(1, SeqCst);
+        self.lease.term.store(term.0, SeqCst);
+        self.lease.ends.store(ends.0, SeqCst);
+        self.lease.generation.fetch_add(1, SeqCst);
     }
 
     /// Lease thread: they may run longer.
     pub fn renew(&self, ends: BootTime) {
-        self.ends.store(ends.0, SeqCst);
+        self.lease.ends.store(ends.0, SeqCst);
     }
 
     /// Lease thread: how long leases are, in milliseconds.
@@ -88,7 +93,7 @@ impl Table {
     /// Lease thread: no VM may start any more; the running ones are to be killed next.
     pub fn close(&self) {
         debug_assert!(self.open());
-        self.generation.fetch_add(1, SeqCst);
+        self.lease.generation.fetch_add(1, SeqCst);
     }
 
     /// Lease thread: SIGKILL to every VM; says how many were alive.
@@ -122,14 +127,19 @@ impl Table {
     /// a table that is open again has seen the VMs of the last lease die.
     pub fn seen(&self, now: BootTime) -> Seen {
         let alive = !self.all_dead();
-        let ends = BootTime(self.ends.load(SeqCst));
+        let ends = BootTime(self.lease.ends.load(SeqCst));
         Seen { held: self.open() && now < ends, ends, alive, lease_ms: self.length_ms.load(SeqCst) }
+    }
+
+    /// Main thread: may the volume server start?
+    pub fn permit_now(&self) -> Result<Permit, Refusal> {
+        self.permit(NodeTerm(self.lease.term.load(SeqCst)))
     }
 
     /// Main thread: may a VM of `term` start?
     pub fn permit(&self, term: NodeTerm) -> Result<Permit, Refusal> {
-        let generation = self.generation.load(SeqCst);
-        let current = NodeTerm(self.term.load(SeqCst));
+        let generation = self.lease.generation.load(SeqCst);
+        let current = NodeTerm(self.lease.term.load(SeqCst));
         let permit = Permit(generation);
         if generation.is_multiple_of(2) || !self.lasts(permit) {
             return Err(Refusal::NoLease);
@@ -142,7 +152,7 @@ impl Table {
 
     /// Main thread: does the permission still last?
     pub fn lasts(&self, permit: Permit) -> bool {
-        boot_time() < BootTime(self.ends.load(SeqCst)) && self.generation.load(SeqCst) == permit.0
+        boot_time() < BootTime(self.lease.ends.load(SeqCst)) && self.lease.generation.load(SeqCst) == permit.0
     }
 
     /// Main thread: from now on the lease thread kills this process, too.
@@ -172,11 +182,11 @@ impl Table {
     /// Main thread: the lease for people and agents.
     pub fn view(&self) -> LeaseView {
         let now = boot_time();
-        let ends = BootTime(self.ends.load(SeqCst));
+        let ends = BootTime(self.lease.ends.load(SeqCst));
         let held = self.open() && now < ends;
         LeaseView {
             held,
-            term: NodeTerm(self.term.load(SeqCst)),
+            term: NodeTerm(self.lease.term.load(SeqCst)),
             ends_in_ms: if held { ends.ms_since(now) } else { 0 },
             last_late_us: Some(self.late_us.load(SeqCst)).filter(|us| *us != NEVER),
         }
@@ -215,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_permit_lasts_for_one_generation_and_one_term() {
-        let table = Table::new();
+        let table = Table::new().unwrap();
         assert_eq!(table.permit(NodeTerm(0)), Err(Refusal::NoLease));
         table.gain(NodeTerm(3), later());
         let current = NodeTerm(3);
@@ -230,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_permit_ends_with_the_lease_even_if_the_lease_thread_is_late() {
-        let table = Table::new();
+        let table = Table::new().unwrap();
         table.gain(NodeTerm(1), boot_time());
         assert_eq!(table.permit(NodeTerm(1)), Err(Refusal::NoLease));
         assert!(!table.view().held);
@@ -238,7 +248,7 @@ mod tests {
 
     #[test]
     fn what_is_published_is_killed_and_only_its_withdrawal_is_its_death() {
-        let table = Table::new();
+        let table = Table::new().unwrap();
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pidfd = pidfd_open(child.id().cast_signed()).unwrap();
         let published = table.publish(pidfd).unwrap();
@@ -253,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_full_table_gives_the_process_back() {
-        let table = Table::new();
+        let table = Table::new().unwrap();
         let own = || pidfd_open(std::process::id().cast_signed()).unwrap();
         let all: Vec<_> = (0..CAPACITY).map(|_| table.publish(own()).unwrap()).collect();
         assert!(table.publish(own()).is_err());

@@ -294,7 +294,7 @@ fn the_lease_thread_allocates_nothing_and_regains_only_when_all_are_dead() {
     lab.leases.set_authority(FOREVER);
     let Request::Configure(configuration) = lab.configure() else { unreachable!() };
     let bell = || Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
-    let (table, wake, notify) = (Arc::new(Table::new()), bell(), bell());
+    let (table, wake, notify) = (Arc::new(Table::new().unwrap()), bell(), bell());
     let (outbox, inbox) = sync_channel(QUEUE);
     let (their_outbox, said) = sync_channel(QUEUE);
     let lines = Lines { inbox, wake: wake.clone(), outbox: their_outbox, notify };
@@ -365,7 +365,7 @@ fn who_grants_is_asked_and_everybody_when_nobody_does() {
         addresses: vec![other.local_addr().unwrap()],
     });
     let bell = || Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
-    let (table, wake) = (Arc::new(Table::new()), bell());
+    let (table, wake) = (Arc::new(Table::new().unwrap()), bell());
     let (outbox, inbox) = sync_channel(QUEUE);
     let (their_outbox, _said) = sync_channel(QUEUE);
     let lines = Lines { inbox, wake: wake.clone(), outbox: their_outbox, notify: bell() };
@@ -399,4 +399,35 @@ fn who_grants_is_asked_and_everybody_when_nobody_does() {
     }
     let in_a_row = told.windows(2).filter(|pair| pair[0] + 1 == pair[1]).count();
     assert!(in_a_row >= 3, "well before the lease's end: {told:?}");
+}
+
+#[tokio::test]
+async fn the_volume_server_lives_while_somebody_listens_and_the_lease_lasts() {
+    let lab = Lab::new();
+    let mut keeper = lab.keeper().await;
+    let path = lab.run_dir().join("disk.sock");
+    assert_eq!(keeper.ask(Request::Listen { path: path.clone() }).await, Ok(Reply::Done));
+    // Nobody serves it yet, and whoever comes waits.
+    let early = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    lab.grant(&mut keeper, 1).await;
+    let first = lab.volume_server(1).await;
+
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    let second = pidfd_open(lab.volume_server(2).await).unwrap();
+    std::os::unix::net::UnixStream::connect(&path).unwrap();
+    drop(early);
+
+    // With the lease it is dead, and is not started again before there is one.
+    lab.leases.set_authority(Authority { until: boot_time() });
+    assert!(matches!(keeper.event().await, Event::LeaseLost { killed: 1, .. }));
+    assert!(readable(&second, SOON));
+    lab.leases.set_authority(FOREVER);
+    assert!(matches!(keeper.event().await, Event::LeaseGained { .. }));
+    let third = pidfd_open(lab.volume_server(3).await).unwrap();
+
+    assert_eq!(keeper.ask(Request::Unlisten { path: path.clone() }).await, Ok(Reply::Done));
+    assert!(readable(&third, SOON));
+    assert!(!path.exists());
+    let nowhere = keeper.ask(Request::Listen { path: "/does/not/exist/disk.sock".into() }).await;
+    assert!(matches!(nowhere, Err(Refusal::NoSocket { .. })), "{nowhere:?}");
 }

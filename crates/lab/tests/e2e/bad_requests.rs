@@ -98,7 +98,12 @@ fn bad_vms(cluster: &Cluster) {
 fn bad_volumes(cluster: &Cluster) {
     let api = cluster.client("n1");
     let add = |name: &str, directory: PathBuf| {
-        refused(api.add_volume(&AddVolume { name: name.into(), directory: directory.display().to_string() }))
+        refused(api.add_volume(&AddVolume {
+            name: name.into(),
+            directory: Some(directory.display().to_string()),
+            lun: None,
+            erase: None,
+        }))
     };
     let (code, why) = add("vol2", "/nowhere/at/all".into());
     assert!(code == "bad_path" && why.contains("/nowhere/at/all"), "{code} {why}");
@@ -114,7 +119,8 @@ fn bad_volumes(cluster: &Cluster) {
     assert!(code == "volume_not_shared" && why.contains("n2 has no directory") && why.contains(below), "{code} {why}");
     assert!(why.contains("mount it there first"), "{why}");
     assert_eq!(listing(&seen), Vec::<PathBuf>::new());
-    let request = AddVolume { name: "vol2".into(), directory: only_here.display().to_string() };
+    let directory = Some(only_here.display().to_string());
+    let request = AddVolume { name: "vol2".into(), directory, lun: None, erase: None };
     let (code, why) = refused(cluster.client("n3").add_volume(&request));
     assert!(code == "bad_path" && why.contains("n3 has no directory"), "{code} {why}");
     // The same path on every node, but each has its own directory there.

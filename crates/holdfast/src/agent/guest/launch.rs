@@ -44,7 +44,13 @@ impl Guest {
         let run_dir = self.agent.0.config.vm_dir(vm.id);
         std::fs::create_dir_all(&run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
         let taps = self.ensure_taps(vm).await?;
-        let disks = vm.spec.disks.iter().map(|disk| DiskAt::File(self.agent.volume_path(&disk.volume, &disk.file)));
+        // A QEMU that finds nobody behind a disk's socket would wait for ever.
+        self.agent.serve_disks(self.member, vm, tenure, !incoming).await?;
+        let luns = &self.agent.state().luns;
+        let disks = (0..).zip(&vm.spec.disks).map(|(index, disk)| match luns.contains_key(&disk.volume) {
+            true => DiskAt::Socket(self.agent.disk_socket(vm.id, index)),
+            false => DiskAt::File(self.agent.volume_path(&disk.volume, &disk.file)),
+        });
         let kernel = vm.spec.direct_boot.as_ref().map(|boot| Kernel {
             kernel: self.agent.volume_path(&boot.volume, &boot.kernel),
             initrd: boot.initrd.as_ref().map(|initrd| self.agent.volume_path(&boot.volume, initrd)),

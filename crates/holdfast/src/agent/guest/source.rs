@@ -149,7 +149,7 @@ impl Guest {
             }
             Step::Switchover => {
                 // Nobody waits for the answer: it only saves frames.
-                let call = HandoverCall { epoch: to.epoch, moved: None };
+                let call = HandoverCall { epoch: to.epoch, moved: None, parts: Default::default() };
                 tokio::spawn(async move {
                     let path = handover_path(vm, Handover::Announce);
                     let _ = member.peers.ask::<_, HandedOver>(to.node, &path, &call, CALL).await;
@@ -209,7 +209,8 @@ impl Guest {
     /// nothing else is worth doing before that.
     async fn hand_over(&self, tenure: Tenure, to: Tenure, moved: Option<Moved>) -> anyhow::Result<Next> {
         self.say(tenure.epoch, Run::Sent);
-        let call = HandoverCall { epoch: to.epoch, moved };
+        let parts = self.agent.mapped_here(self.member, self.vm, tenure.epoch);
+        let call = HandoverCall { epoch: to.epoch, moved, parts };
         let path = handover_path(self.vm, Handover::Continue);
         let began = Instant::now();
         let mut changes = self.agent.changes();

@@ -66,13 +66,25 @@ pub async fn add(
     Extension(Caller(by)): Extension<Caller>,
     Body(request): Body<api::AddVolume>,
 ) -> Result<(StatusCode, Json<api::VolumeView>), ApiError> {
-    if !request.directory.starts_with('/') {
-        return Err(ApiError::invalid(format!(
-            "{:?} is no absolute path: name the directory as every node sees it",
-            request.directory
-        )));
+    let absolute = |path: &str, what: &str| match path.starts_with('/') {
+        true => Ok(()),
+        false => Err(ApiError::invalid(format!("{path:?} is no absolute path: name {what}"))),
+    };
+    match (&request.directory, &request.lun) {
+        (Some(directory), None) if request.erase.is_none() => {
+            absolute(directory, "the directory as every node sees it")?;
+            served.agent.add_volume(&by, &request.name, directory).await?;
+        }
+        (None, Some(lun)) => {
+            absolute(lun, "the device as this node sees it")?;
+            served.agent.add_lun(&by, &request.name, lun, request.erase.as_deref()).await?;
+        }
+        _ => {
+            return Err(ApiError::invalid(
+                "a volume is either a `directory` or a `lun`; only what is on a LUN can be told to `erase`",
+            ));
+        }
     }
-    served.agent.add_volume(&by, &request.name, &request.directory).await?;
     Ok((StatusCode::CREATED, Json(one(&served, &request.name).await?)))
 }
 

@@ -45,8 +45,10 @@ fn keeper_process() {
         Some(root) => stand_in::at(root.into(), Choice::Auto),
         None => Watchdogs::of_host(Choice::Never),
     };
-    let agent = ["sh", "-c", &agent].map(OsString::from).to_vec();
-    let config = KeeperConfig { run_dir, agent, drain: SOON, watchdogs };
+    // Says who it is, and with which descriptor.
+    let volume = format!("echo $$ $0 >> {}; exec sleep 1000", run_dir.join("volumes").display());
+    let shell = |script: &str| ["sh", "-c", script].map(OsString::from).to_vec();
+    let config = KeeperConfig { run_dir, agent: shell(&agent), volume: shell(&volume), drain: SOON, watchdogs };
     if let Err(error) = Keeper::run(config) {
         eprintln!("{error}");
         std::process::exit(3);
@@ -177,6 +179,22 @@ impl Lab {
             log: self.directory.path().join("vm.log"),
             run_dir: self.directory.path().into(),
         })
+    }
+
+    /// The volume servers that were started so far.
+    pub async fn volume_server(&self, count: usize) -> i32 {
+        let file = self.run_dir().join("volumes");
+        let deadline = Instant::now() + SOON;
+        loop {
+            let lines = fs::read_to_string(&file).unwrap_or_default();
+            // A line that is not whole yet has no end.
+            let pids: Vec<&str> = lines.split_inclusive('\n').filter(|line| line.ends_with('\n')).collect();
+            if let Some(line) = pids.get(count - 1) {
+                return line.split(' ').next().unwrap().parse().unwrap();
+            }
+            assert!(Instant::now() < deadline, "volume servers: {lines:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     pub fn agents(&self) -> Vec<i32> {

@@ -55,7 +55,7 @@ fn thread(device: &StandIn, run_dir: &Path) -> WatchdogThread {
         stopping: AtomicBool::new(false),
     };
     let book = Book::open(run_dir).unwrap();
-    WatchdogThread::new(device.watchdogs(), book, Arc::new(Table::new()), Arc::new(signs)).unwrap()
+    WatchdogThread::new(device.watchdogs(), book, Arc::new(Table::new().unwrap()), Arc::new(signs)).unwrap()
 }
 
 fn end(mut child: Child) {

@@ -1,0 +1,443 @@
+//! Who has which slab of a volume on a LUN: pure accounting, as runs.
+//!
+//! ```text
+//!         take                map                 drop
+//!  free ───────▶ a node's ───────▶ a file's part ───────▶ free
+//!    ▲    (the node zeroes them)                            │
+//!    └── the node's term is over: all that it had taken ────┘
+//! ```
+//! A slab gets into a file only after the node that had taken it has zeroed it, so a
+//! crash at any moment leaves a part absent or zeroed, and nobody ever reads what a
+//! slab held before.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{NodeId, NodeTerm, VmId};
+
+/// A run of slabs: the first, and how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u32, u32)", into = "(u32, u32)")]
+pub struct Slabs {
+    /// The first slab.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// Parts of a file, in order, in as many slabs, in order. A part is as long as a slab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u32, u32, u32)", into = "(u32, u32, u32)")]
+pub struct Mapped {
+    /// The first part.
+    pub part: u32,
+    /// Its slab.
+    pub slab: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// A disk on a LUN.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LunFile {
+    /// The VM whose disk it is.
+    pub vm: VmId,
+    /// What the guest sees, in bytes.
+    pub bytes: u64,
+    /// Where its parts are, ordered by part and joined where they can be. What is
+    /// absent reads as zero.
+    pub parts: Vec<Mapped>,
+}
+
+/// Slabs that a node has taken to zero them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// In which of the node's terms: in any other they are free.
+    pub term: NodeTerm,
+    /// Which, in order.
+    pub slabs: Vec<Slabs>,
+}
+
+/// The slabs of a LUN and who has them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lun {
+    /// The size of a slab in bytes.
+    pub slab_bytes: u64,
+    /// How many there are.
+    pub slabs: u32,
+    /// The disks, by file name.
+    pub files: BTreeMap<String, LunFile>,
+    /// What nodes have taken.
+    pub taken: BTreeMap<NodeId, Taken>,
+    /// What nobody has, in order and joined.
+    pub free: Vec<Slabs>,
+}
+
+impl Lun {
+    /// All of it free.
+    pub fn new(slab_bytes: u64, slabs: u32) -> Self {
+        Lun {
+            slab_bytes,
+            slabs,
+            files: BTreeMap::new(),
+            taken: BTreeMap::new(),
+            free: vec![Slabs { first: 0, count: slabs }],
+        }
+    }
+
+    /// How many slabs nobody has.
+    pub fn free_slabs(&self) -> u32 {
+        self.free.iter().map(|run| run.count).sum()
+    }
+
+    /// How many slabs files have.
+    pub fn used_slabs(&self) -> u32 {
+        self.files.values().map(LunFile::slabs).sum()
+    }
+
+    /// How many parts a file of so many bytes has.
+    pub fn parts(&self, bytes: u64) -> u32 {
+        u32::try_from(bytes.div_ceil(self.slab_bytes)).unwrap_or(u32::MAX)
+    }
+
+    /// Gives a node up to `most` free slabs, and says which. What it had taken in an
+    /// earlier term is free before that. What it has and does not know of, because an
+    /// answer was lost or its memory was, is answered instead.
+    pub fn take(&mut self, node: NodeId, term: NodeTerm, known: &[Slabs], most: u32) -> Vec<Slabs> {
+        match self.taken.get(&node) {
+            Some(taken) if taken.term != term => self.give_back(node),
+            Some(taken) => {
+                let mut forgotten = taken.slabs.clone();
+                for slab in known.iter().flat_map(|run| run.first..run.end()) {
+                    remove(&mut forgotten, slab);
+                }
+                if !forgotten.is_empty() {
+                    return forgotten;
+                }
+            }
+            None => {}
+        }
+        let (mut left, mut given) = (most, Vec::new());
+        while left > 0
+            && let Some(run) = self.free.first_mut()
+        {
+            let count = run.count.min(left);
+            given.push(Slabs { first: run.first, count });
+            *run = Slabs { first: run.first + count, count: run.count - count };
+            left -= count;
+            if run.count == 0 {
+                self.free.remove(0);
+            }
+        }
+        if !given.is_empty() {
+            let taken = self.taken.entry(node).or_insert(Taken { term, slabs: Vec::new() });
+            given.iter().for_each(|run| insert(&mut taken.slabs, *run));
+        }
+        given
+    }
+
+    /// Frees what a node had taken.
+    pub fn give_back(&mut self, node: NodeId) {
+        for run in self.taken.remove(&node).into_iter().flat_map(|taken| taken.slabs) {
+            insert(&mut self.free, run);
+        }
+    }
+
+    /// Makes slabs that a node has taken, and zeroed, parts of a file. A part that has
+    /// a slab keeps it; a slab that the node did not take is passed over. Says where
+    /// the parts that were asked for are then.
+    pub fn map(&mut self, file: &str, node: NodeId, term: NodeTerm, wanted: &[Mapped]) -> Vec<Mapped> {
+        let Some(bytes) = self.files.get(file).map(|file| file.bytes) else { return Vec::new() };
+        let parts = self.parts(bytes);
+        let mut nothing = Taken { term, slabs: Vec::new() };
+        let taken = self.taken.get_mut(&node).filter(|taken| taken.term == term).unwrap_or(&mut nothing);
+        let Some(file) = self.files.get_mut(file) else { return Vec::new() };
+        // Parts beyond the file's end are none.
+        let steps = |run: &Mapped| 0..run.count.min(parts.saturating_sub(run.part));
+        for run in wanted {
+            for step in steps(run) {
+                let (part, slab) = (run.part + step, run.slab.saturating_add(step));
+                if file.slab(part).is_none() && remove(&mut taken.slabs, slab) {
+                    file.put(part, slab);
+                }
+            }
+        }
+        let asked = wanted.iter().flat_map(|run| steps(run).map(|step| run.part + step));
+        let mut found = Vec::<Mapped>::new();
+        for (part, slab) in asked.filter_map(|part| Some((part, file.slab(part)?))) {
+            match found.last_mut() {
+                Some(last) if last.part + last.count == part && last.slab + last.count == slab => last.count += 1,
+                _ => found.push(Mapped { part, slab, count: 1 }),
+            }
+        }
+        found
+    }
+
+    /// Frees the files of a VM.
+    pub fn drop_files(&mut self, vm: VmId) {
+        let free = &mut self.free;
+        self.files.retain(|_, file| {
+            let stays = file.vm != vm;
+            if !stays {
+                file.parts.iter().for_each(|run| insert(free, Slabs { first: run.slab, count: run.count }));
+            }
+            stays
+        });
+    }
+}
+
+impl LunFile {
+    /// Nothing of it is there yet.
+    pub fn new(vm: VmId, bytes: u64) -> Self {
+        LunFile { vm, bytes, parts: Vec::new() }
+    }
+
+    /// How many slabs it has.
+    pub fn slabs(&self) -> u32 {
+        self.parts.iter().map(|run| run.count).sum()
+    }
+
+    /// The slab of a part.
+    pub fn slab(&self, part: u32) -> Option<u32> {
+        let run = self.parts[..self.parts.partition_point(|run| run.part <= part)].last()?;
+        (part - run.part < run.count).then(|| run.slab + (part - run.part))
+    }
+
+    /// A part that had no slab has one; one that has one keeps it.
+    pub fn put(&mut self, part: u32, slab: u32) {
+        if self.slab(part).is_some() {
+            return;
+        }
+        let at = self.parts.partition_point(|run| run.part < part);
+        let joins =
+            |one: &Mapped, other: &Mapped| one.part + one.count == other.part && one.slab + one.count == other.slab;
+        let new = Mapped { part, slab, count: 1 };
+        let before = at.checked_sub(1).filter(|before| joins(&self.parts[*before], &new));
+        let after = self.parts.get(at).is_some_and(|after| joins(&new, after));
+        match (before, after) {
+            (Some(before), true) => {
+                self.parts[before].count += 1 + self.parts[at].count;
+                self.parts.remove(at);
+            }
+            (Some(before), false) => self.parts[before].count += 1,
+            (None, true) => {
+                let run = &mut self.parts[at];
+                *run = Mapped { part, slab, count: run.count + 1 };
+            }
+            (None, false) => self.parts.insert(at, new),
+        }
+    }
+}
+
+/// Puts a run into runs that are in order and joined, and have nothing of it.
+fn insert(runs: &mut Vec<Slabs>, new: Slabs) {
+    let at = runs.partition_point(|run| run.first < new.first);
+    let before = at.checked_sub(1).filter(|before| runs[*before].end() == new.first);
+    let after = runs.get(at).is_some_and(|after| new.end() == after.first);
+    match (before, after) {
+        (Some(before), true) => {
+            runs[before].count += new.count + runs[at].count;
+            runs.remove(at);
+        }
+        (Some(before), false) => runs[before].count += new.count,
+        (None, true) => runs[at] = Slabs { first: new.first, count: new.count + runs[at].count },
+        (None, false) => runs.insert(at, new),
+    }
+}
+
+/// Takes one slab out of runs; `false` if it is not in them.
+fn remove(runs: &mut Vec<Slabs>, slab: u32) -> bool {
+    let Some(at) = runs.partition_point(|run| run.first <= slab).checked_sub(1) else { return false };
+    let run = runs[at];
+    if slab >= run.end() {
+        return false;
+    }
+    let (before, after) = (slab - run.first, run.end() - slab - 1);
+    let rest = Slabs { first: slab + 1, count: after };
+    match (before, after) {
+        (0, 0) => drop(runs.remove(at)),
+        (0, _) => runs[at] = rest,
+        (_, 0) => runs[at].count = before,
+        _ => {
+            runs[at].count = before;
+            runs.insert(at + 1, rest);
+        }
+    }
+    true
+}
+
+impl Slabs {
+    /// The slab after the last.
+    pub fn end(self) -> u32 {
+        self.first + self.count
+    }
+}
+
+impl From<(u32, u32)> for Slabs {
+    fn from((first, count): (u32, u32)) -> Self {
+        Slabs { first, count }
+    }
+}
+
+impl From<Slabs> for (u32, u32) {
+    fn from(run: Slabs) -> Self {
+        (run.first, run.count)
+    }
+}
+
+impl From<(u32, u32, u32)> for Mapped {
+    fn from((part, slab, count): (u32, u32, u32)) -> Self {
+        Mapped { part, slab, count }
+    }
+}
+
+impl From<Mapped> for (u32, u32, u32) {
+    fn from(run: Mapped) -> Self {
+        (run.part, run.slab, run.count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const N1: NodeId = NodeId(1);
+    const T1: NodeTerm = NodeTerm(1);
+    const WEB: VmId = VmId(uuid::Uuid::from_u128(1));
+    const DB: VmId = VmId(uuid::Uuid::from_u128(2));
+
+    /// Every slab has one place, and runs are as long as they can be.
+    fn account(lun: &Lun) {
+        let files = lun.files.values().flat_map(|file| &file.parts);
+        let taken = lun.taken.values().flat_map(|taken| &taken.slabs);
+        let runs = taken.chain(&lun.free).copied();
+        let mut all: Vec<u32> = files
+            .map(|run| Slabs { first: run.slab, count: run.count })
+            .chain(runs)
+            .flat_map(|run| run.first..run.end())
+            .collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..lun.slabs).collect::<Vec<_>>());
+        for runs in lun.taken.values().map(|taken| &taken.slabs).chain([&lun.free]) {
+            assert!(runs.windows(2).all(|pair| pair[0].end() < pair[1].first), "{runs:?}");
+        }
+        for file in lun.files.values() {
+            let apart = |pair: &[Mapped]| {
+                let end = pair[0].part + pair[0].count;
+                end < pair[1].part || end == pair[1].part && pair[0].slab + pair[0].count != pair[1].slab
+            };
+            assert!(file.parts.windows(2).all(apart), "{:?}", file.parts);
+            assert!(file.parts.iter().all(|run| run.part + run.count <= lun.parts(file.bytes)));
+        }
+    }
+
+    fn lun() -> Lun {
+        let mut lun = Lun::new(16 << 20, 20);
+        lun.files.insert("web".into(), LunFile::new(WEB, 8 * (16 << 20)));
+        lun.files.insert("db".into(), LunFile::new(DB, 8 * (16 << 20) - 512));
+        lun
+    }
+
+    #[test]
+    fn what_is_asked_twice_is_done_once_and_answered_alike() {
+        let mut lun = lun();
+        assert_eq!(lun.take(N1, T1, &[], 4), [Slabs { first: 0, count: 4 }]);
+        let wanted = [Mapped { part: 2, slab: 1, count: 2 }];
+        assert_eq!(lun.map("web", N1, T1, &wanted), wanted);
+        let once = lun.clone();
+        assert_eq!(lun.map("web", N1, T1, &wanted), wanted);
+        assert_eq!(
+            lun.map("web", N1, T1, &[Mapped { part: 3, slab: 0, count: 1 }]),
+            [Mapped { part: 3, slab: 2, count: 1 }]
+        );
+        assert_eq!(lun, once);
+    }
+
+    #[test]
+    fn only_what_a_node_took_in_its_term_gets_into_files() {
+        let mut lun = lun();
+        lun.take(N1, T1, &[], 4);
+        let untouched = lun.clone();
+        let wanted = [Mapped { part: 0, slab: 1, count: 1 }];
+        for (node, term, slab) in [(NodeId(2), T1, 1), (N1, NodeTerm(2), 1), (N1, T1, 4)] {
+            assert_eq!(lun.map("web", node, term, &[Mapped { slab, ..wanted[0] }]), []);
+        }
+        assert_eq!(lun.map("gone", N1, T1, &wanted), []);
+        assert_eq!(lun.map("web", N1, T1, &[Mapped { part: 8, slab: 1, count: u32::MAX }]), []);
+        assert_eq!(lun, untouched);
+        assert_eq!(lun.take(N1, NodeTerm(2), &[], 1), [Slabs { first: 0, count: 1 }], "a new term takes anew");
+        account(&lun);
+    }
+
+    #[test]
+    fn what_was_taken_and_forgotten_comes_first() {
+        let mut lun = lun();
+        lun.take(N1, T1, &[], 4);
+        assert_eq!(lun.take(N1, T1, &[Slabs { first: 1, count: 2 }], 9), [(0, 1).into(), (3, 1).into()]);
+        assert_eq!(lun.take(N1, T1, &[Slabs { first: 0, count: 4 }], 2), [(4, 2).into()]);
+        assert_eq!(lun.free_slabs(), 14);
+    }
+
+    #[test]
+    fn a_full_volume_gives_what_it_has() {
+        let mut lun = lun();
+        assert_eq!(lun.take(N1, T1, &[], 99), [Slabs { first: 0, count: 20 }]);
+        assert_eq!(lun.take(NodeId(2), T1, &[], 1), []);
+        assert_eq!((lun.free_slabs(), lun.used_slabs()), (0, 0));
+        account(&lun);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Take(u64, u64, u32, u32),
+        Map(bool, u64, u64, Mapped),
+        GiveBack(u64),
+        Drop(bool),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let (node, term) = (1..4u64, 1..3u64);
+        let run = (0..9u32, 0..21u32, 1..5u32).prop_map(|(part, slab, count)| Mapped { part, slab, count });
+        prop_oneof![
+            (node.clone(), term.clone(), 0..21u32, 0..6u32)
+                .prop_map(|(node, term, known, most)| Step::Take(node, term, known, most)),
+            (any::<bool>(), node.clone(), term, run).prop_map(|(web, node, term, run)| Step::Map(web, node, term, run)),
+            node.prop_map(Step::GiveBack),
+            any::<bool>().prop_map(Step::Drop),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_slab_has_two_places_whatever_is_asked(steps in proptest::collection::vec(step(), 0..80)) {
+            let mut lun = lun();
+            for step in steps {
+                match step {
+                    Step::Take(node, term, known, most) => {
+                        drop(lun.take(NodeId(node), NodeTerm(term), &[Slabs { first: 0, count: known }], most));
+                    }
+                    Step::Map(web, node, term, run) => {
+                        let name = if web { "web" } else { "db" };
+                        for found in lun.map(name, NodeId(node), NodeTerm(term), &[run]) {
+                            prop_assert_eq!(lun.files[name].slab(found.part), Some(found.slab));
+                        }
+                    }
+                    Step::GiveBack(node) => lun.give_back(NodeId(node)),
+                    Step::Drop(web) => {
+                        let (name, vm) = if web { ("web", WEB) } else { ("db", DB) };
+                        let bytes = lun.files[name].bytes;
+                        lun.drop_files(vm);
+                        prop_assert!(!lun.files.contains_key(name));
+                        lun.files.insert(name.into(), LunFile::new(vm, bytes));
+                    }
+                }
+                account(&lun);
+                let stored = serde_json::to_string(&lun).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Lun>(&stored).unwrap(), lun.clone());
+            }
+        }
+    }
+}

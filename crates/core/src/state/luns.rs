@@ -1,0 +1,103 @@
+//! Which slab of a LUN is whose. A former host of a VM maps nothing: it has no right
+//! to the VM any more, and what it had taken is free.
+
+use crate::model::*;
+
+use super::commands::Executed;
+use super::{ClusterState, Refusal, Reply};
+
+/// A node takes one of so many free slabs at a time at most.
+const SHARE: u32 = 8;
+
+/// Devices have blocks of so many bytes at most.
+const BLOCK_BYTES: u64 = 4096;
+
+impl ClusterState {
+    pub(super) fn take_slabs(
+        &mut self,
+        volume: &str,
+        id: NodeId,
+        term: NodeTerm,
+        known: &[Slabs],
+        most: u32,
+    ) -> Executed {
+        let node = self.nodes.get(&id).ok_or_else(|| Refusal::unknown("node", id))?;
+        if !node.is_up() || node.term != term {
+            return Err(Refusal::Conflict(format!("{} is not in term {term} any more", node.name)));
+        }
+        let over = |(id, taken): (&NodeId, &Taken)| {
+            let lasts = self.nodes.get(id).is_some_and(|node| node.is_up() && node.term == taken.term);
+            (!lasts).then_some(*id)
+        };
+        let lun = self.luns.get(volume).ok_or_else(|| Refusal::unknown("volume", volume))?;
+        let over: Vec<_> = lun.taken.iter().filter_map(over).collect();
+        let Some(lun) = self.luns.get_mut(volume) else { return Err(Refusal::unknown("volume", volume)) };
+        over.into_iter().for_each(|node| lun.give_back(node));
+        // What is scarce is not kept ahead where nobody may need it.
+        let most = most.min(lun.free_slabs().div_ceil(SHARE));
+        Ok(Reply::Slabs(lun.take(id, term, known, most)))
+    }
+
+    pub(super) fn map_slabs(&mut self, id: VmId, disk: u32, tenure: &Tenure, wanted: &[Mapped]) -> Executed {
+        let vm = self.vms.get(&id).ok_or_else(|| Refusal::unknown("VM", id))?;
+        if self.is_void(tenure) || !vm.tenures().any(|right| right == tenure) {
+            return Err(Refusal::Conflict(format!(
+                "{} may not write to the disks of VM {:?} under epoch {}",
+                self.node_name(tenure.node),
+                vm.name,
+                tenure.epoch
+            )));
+        }
+        let disk = vm.spec.disks.get(disk as usize).ok_or_else(|| Refusal::unknown("disk", disk))?;
+        let lun = self.luns.get_mut(&disk.volume).ok_or_else(|| Refusal::unknown("volume", &disk.volume))?;
+        Ok(Reply::Mapped(lun.map(&disk.file, tenure.node, tenure.term, wanted)))
+    }
+
+    /// Whether its disks can be on LUNs where they are to be.
+    pub(super) fn valid_lun_disks(&self, spec: &VmSpec, sources: &Sources) -> Result<(), Refusal> {
+        if let Some(boot) = &spec.direct_boot
+            && self.luns.contains_key(&boot.volume)
+        {
+            return Err(Refusal::Invalid(format!(
+                "volume {:?} is on a LUN, which holds disks only: put the kernel on a directory volume",
+                boot.volume
+            )));
+        }
+        for (index, disk) in spec.disks.iter().enumerate() {
+            let Some(lun) = self.luns.get(&disk.volume) else { continue };
+            let invalid = |text: String| Err(Refusal::Invalid(format!("disk {index}: {text}")));
+            if disk.format != DiskFormat::Raw {
+                return invalid(format!(
+                    "volume {:?} is on a LUN, where disks are thin without a format of their own: use format=raw",
+                    disk.volume
+                ));
+            }
+            if sources.images.get(index).is_some_and(Option::is_some) {
+                return invalid(format!("a disk on a LUN ({:?}) begins empty: name no image for it", disk.volume));
+            }
+            if !disk.size_bytes.is_multiple_of(BLOCK_BYTES) {
+                return invalid(format!("{} bytes: on a LUN it is a multiple of {BLOCK_BYTES}", disk.size_bytes));
+            }
+            let whole = lun.slab_bytes * u64::from(lun.slabs);
+            if disk.size_bytes > whole {
+                return invalid(format!("{} bytes, and volume {:?} has {whole}", disk.size_bytes, disk.volume));
+            }
+            if lun.files.contains_key(&disk.file) {
+                return Err(Refusal::duplicate("file", &disk.file));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn make_lun_files(&mut self, vm: VmId, spec: &VmSpec) {
+        for disk in &spec.disks {
+            if let Some(lun) = self.luns.get_mut(&disk.volume) {
+                lun.files.insert(disk.file.clone(), LunFile::new(vm, disk.size_bytes));
+            }
+        }
+    }
+
+    pub(super) fn drop_lun_files(&mut self, vm: VmId) {
+        self.luns.values_mut().for_each(|lun| lun.drop_files(vm));
+    }
+}

@@ -1,0 +1,145 @@
+//! What the agent and the volume server say to each other: one JSON document a line
+//! over `volume.sock`, a [`ToServer`] one way, a [`ToAgent`] the other. The server
+//! keeps nothing: whatever it has to serve, the agent says again to each new life.
+
+use std::path::PathBuf;
+
+use holdfast_core::{Mapped, Slabs, Tenure, VmId};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The name of the volume server's socket in the run directory.
+pub const SOCKET: &str = "volume.sock";
+/// The longest line in either direction, in bytes.
+pub const LONGEST_LINE: u64 = 16 << 20;
+
+/// A disk of a VM, under one right to run it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct DiskId {
+    /// The VM.
+    pub vm: VmId,
+    /// Which of its disks.
+    pub disk: u32,
+    /// The epoch of the right.
+    pub epoch: u64,
+}
+
+/// A disk to serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The VM.
+    pub vm: VmId,
+    /// Which of its disks.
+    pub disk: u32,
+    /// The right under which it is written to.
+    pub tenure: Tenure,
+    /// Where the keeper listens for QEMU.
+    pub socket: PathBuf,
+    /// The volume's name.
+    pub volume: String,
+    /// Its identity, also written on it.
+    pub volume_id: Uuid,
+    /// The device that it is on, here.
+    pub device: PathBuf,
+    /// What the guest sees, in bytes.
+    pub bytes: u64,
+    /// Where its parts are.
+    pub parts: Vec<Mapped>,
+    /// Whether writes are let through; a migration's target writes nothing before the
+    /// source's word.
+    pub may_write: bool,
+}
+
+impl Disk {
+    /// Which disk it is.
+    pub fn id(&self) -> DiskId {
+        DiskId { vm: self.vm, disk: self.disk, epoch: self.tenure.epoch.0 }
+    }
+}
+
+/// From the agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToServer {
+    /// Do something.
+    Call {
+        /// The number that the reply will carry.
+        id: u64,
+        /// What.
+        call: Call,
+    },
+    /// The answer to an [`Ask`].
+    Answer {
+        /// The question's number.
+        id: u64,
+        /// What came of it.
+        answer: Answer,
+    },
+}
+
+/// What the agent can call for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Call {
+    /// Serve a disk; one that is served already gets what it has more: parts, and the
+    /// right to write.
+    Serve(Disk),
+    /// Serve it no more. Done when nothing of it is under way.
+    Withdraw(DiskId),
+    /// Serve no others than these. Done when nothing of others is under way.
+    Only(Vec<DiskId>),
+}
+
+/// What came of a question.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// These slabs are the node's; none: there are none.
+    Slabs(Vec<Slabs>),
+    /// The parts that were asked for are here, those that are missing nowhere.
+    Mapped(Vec<Mapped>),
+    /// Nobody knows what came of it.
+    Unknown,
+}
+
+/// From the volume server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToAgent {
+    /// The answer to a call.
+    Reply {
+        /// The call's number.
+        id: u64,
+        /// What became of it; the error says what stands in the way.
+        result: Result<(), String>,
+    },
+    /// A question to the cluster.
+    Ask {
+        /// The number that the answer will carry.
+        id: u64,
+        /// What.
+        ask: Ask,
+    },
+}
+
+/// What the volume server asks of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ask {
+    /// Slabs to zero.
+    Take {
+        /// The volume.
+        volume: String,
+        /// Those that the server knows of: others that are the node's come first.
+        known: Vec<Slabs>,
+        /// How many at most.
+        most: u32,
+    },
+    /// Zeroed slabs are to be parts of a disk.
+    Map {
+        /// The disk.
+        disk: DiskId,
+        /// Which parts, in which slabs.
+        wanted: Vec<Mapped>,
+    },
+}

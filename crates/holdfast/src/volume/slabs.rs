@@ -1,0 +1,131 @@
+//! The thread that gets slabs for all disks: what it does is decided in `supply.rs`.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use holdfast_core::Mapped;
+use holdfast_volume::lun::Geometry;
+use holdfast_volume::{Allocator, Grant, Lun, Refusal, Release, Wanted};
+use uuid::Uuid;
+
+use super::protocol::{Answer, DiskId, ToAgent};
+use super::supply::{Supply, Todo};
+
+/// What the thread hears of.
+pub enum News {
+    /// A LUN was opened.
+    Opened { volume: Uuid, name: String, lun: Lun, geometry: Geometry },
+    /// A writer needs slabs.
+    Wanted { volume: Uuid, disk: DiskId, parts: Range<u32>, grant: Grant },
+    /// A slab was zeroed, or could not be.
+    Wiped { volume: Uuid, slab: u32, done: bool },
+    /// The cluster answered.
+    Answered { id: u64, answer: Answer },
+    /// An agent has come: it gets all questions from now on.
+    Agent(Sender<ToAgent>),
+}
+
+/// What a disk asks of the thread.
+pub struct Slabs {
+    /// The volume.
+    pub volume: Uuid,
+    /// The disk.
+    pub disk: DiskId,
+    /// The thread.
+    pub line: Sender<News>,
+}
+
+impl Allocator for Slabs {
+    fn allocate(&self, wanted: Wanted, grant: Grant) {
+        let (volume, disk) = (self.volume, self.disk);
+        // Without the thread, which ends with the process, nobody waits any more.
+        let _ = self.line.send(News::Wanted { volume, disk, parts: wanted.parts, grant });
+    }
+
+    fn release(&self, _parts: Range<u32>, release: Release) {
+        // Slabs go back with their disk; until then what was discarded is zeroed.
+        release.refuse();
+    }
+}
+
+struct Pool {
+    supply: Supply<Grant>,
+    wiper: Sender<u32>,
+}
+
+/// Gets slabs, for ever.
+pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
+    let mut pools = BTreeMap::<Uuid, Pool>::new();
+    let mut agent = None::<Sender<ToAgent>>;
+    let (mut number, mut todo) = (0, Vec::new());
+    while let Ok(news) = inbox.recv() {
+        match news {
+            News::Opened { volume, name, lun, geometry } => {
+                let wiper = start_wiper(volume, lun, geometry, line.clone());
+                pools.insert(volume, Pool { supply: Supply::new(&name, geometry.slab_bytes), wiper });
+            }
+            News::Wanted { volume, disk, parts, grant } => {
+                if let Some(pool) = pools.get_mut(&volume) {
+                    pool.supply.want(disk, parts.collect(), grant);
+                }
+            }
+            News::Wiped { volume, slab, done } => {
+                if let Some(pool) = pools.get_mut(&volume) {
+                    pool.supply.wiped(slab, done, &mut todo);
+                }
+            }
+            News::Answered { id, answer } => {
+                pools.values_mut().any(|pool| pool.supply.answered(id, &answer, &mut todo));
+            }
+            News::Agent(new) => {
+                let open = pools.values().flat_map(|pool| pool.supply.open_questions());
+                open.for_each(|(id, ask)| drop(new.send(ToAgent::Ask { id, ask })));
+                agent = Some(new);
+            }
+        }
+        for pool in pools.values_mut() {
+            pool.supply.go_on(&mut number, &mut todo);
+            for todo in todo.drain(..) {
+                act(todo, pool, agent.as_ref());
+            }
+        }
+    }
+}
+
+fn act(todo: Todo<Grant>, pool: &Pool, agent: Option<&Sender<ToAgent>>) {
+    match todo {
+        // Whoever comes next as an agent gets the open questions.
+        Todo::Ask(id, ask) => drop(agent.map(|agent| agent.send(ToAgent::Ask { id, ask }))),
+        Todo::Wipe(slab) => drop(pool.wiper.send(slab)),
+        Todo::Give(grant, found) => {
+            let one_by_one = |run: Mapped| (0..run.count).map(move |step| (run.part + step, run.slab + step));
+            grant.give(&found.into_iter().flat_map(one_by_one).collect::<Vec<_>>());
+        }
+        // Dropped, it is asked for again a moment later.
+        Todo::Later(grant) => drop(grant),
+        Todo::NoSpace(grant) => grant.refuse(Refusal::NoSpace),
+    }
+}
+
+/// Zeroes slabs, one after the other.
+fn start_wiper(volume: Uuid, lun: Lun, geometry: Geometry, line: Sender<News>) -> Sender<u32> {
+    let (order, orders) = channel::<u32>();
+    let name = "zeroes".to_owned();
+    let body = move || {
+        while let Ok(slab) = orders.recv() {
+            let wiped = lun.wipe(geometry.slab(slab), geometry.slab_bytes);
+            if let Err(error) = &wiped {
+                tracing::warn!(%volume, slab, %error, "a slab cannot be zeroed: it is tried again");
+                std::thread::sleep(std::time::Duration::from_secs(1));
+            }
+            let _ = line.send(News::Wiped { volume, slab, done: wiped.is_ok() });
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name(name).stack_size(128 << 10).spawn(body) {
+        // Without it no write would ever come to an end.
+        tracing::error!(%error, "there can be no thread that zeroes slabs");
+        std::process::abort();
+    }
+    order
+}
