@@ -22,6 +22,14 @@ impl Cluster {
         self.only_pid(host, "agent", &["agent", "--config"])
     }
 
+    /// The pid of a node's volume server.
+    ///
+    /// # Errors
+    /// When it has none right now.
+    pub fn volume_server_pid(&self, host: &str) -> Result<i32> {
+        self.only_pid(host, "volume server", &["volume", "serve"])
+    }
+
     /// The pid of the QEMU of the VM with this id on a node.
     ///
     /// # Errors

@@ -32,6 +32,8 @@ pub struct VmTemplate {
     pub ip: Ipv4Addr,
     /// RAM in bytes.
     pub memory_bytes: u64,
+    /// The volume of its one disk.
+    pub volume: String,
     /// Size of its one disk in bytes.
     pub disk_bytes: u64,
     /// How the disk is laid out.
@@ -52,6 +54,7 @@ impl VmTemplate {
             name: name.into(),
             ip: Cluster::guest_address(last),
             memory_bytes: 128 << 20,
+            volume: VOLUME.into(),
             disk_bytes: 64 << 20,
             format: DiskFormat::Raw,
             priority: Priority::Medium,
@@ -63,6 +66,12 @@ impl VmTemplate {
     /// The same with another amount of RAM.
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory_bytes = bytes;
+        self
+    }
+
+    /// The same with its disk on another volume, so many bytes large.
+    pub fn disk(mut self, volume: &str, bytes: u64) -> Self {
+        (self.volume, self.disk_bytes) = (volume.into(), bytes);
         self
     }
 
@@ -178,7 +187,7 @@ impl Cluster {
                 append: format!("{APPEND} {address} {}", template.append).trim_end().to_owned(),
             }),
             disks: vec![DiskDefinition {
-                volume: VOLUME.into(),
+                volume: template.volume.clone(),
                 size: Some(Size(template.disk_bytes)),
                 format: template.format,
                 image: None,

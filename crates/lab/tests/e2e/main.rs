@@ -24,6 +24,7 @@ mod full_disk;
 mod hand_over;
 mod keeper_killed;
 mod keeper_stopped;
+mod lun;
 mod migration;
 mod migration_faults;
 mod node_removed;
