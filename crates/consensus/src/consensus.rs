@@ -229,6 +229,12 @@ impl Consensus {
         self.inner.node.standing.subscribe()
     }
 
+    /// Where this node stands, for those who need not know of every
+    /// acknowledgement: [`Standing::quorum_acked`] is as old as the rest.
+    pub fn place(&self) -> watch::Receiver<Standing> {
+        self.inner.node.place.subscribe()
+    }
+
     /// For how many milliseconds from [`Standing::quorum_acked`] no other
     /// coordinator can exist; the crate's head says why.
     pub fn authority_window_ms(&self) -> u64 {

@@ -126,14 +126,15 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, bytes: Vec<u8>) -> Result<(), io::Error> {
-        let state = serde_json::from_slice(&bytes)?;
+        let (state, bytes) = aside(move || Ok((serde_json::from_slice(&bytes)?, bytes))).await?;
         store(&self.medium, meta, bytes, &self.trouble).await?;
         self.adopt(meta, state);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        let Some(stored) = snapshot::read(&*self.medium).map_err(io::Error::other)? else {
+        let medium = self.medium.clone();
+        let Some(stored) = aside(move || snapshot::read(&*medium).map_err(io::Error::other)).await? else {
             return Ok(None);
         };
         Ok(Some(Snapshot { meta: stored.head.restore().map_err(io::Error::other)?, snapshot: stored.bytes }))
@@ -152,10 +153,17 @@ impl RaftSnapshotBuilder<Types> for Builder {
     type SnapshotData = Vec<u8>;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        let bytes = serde_json::to_vec(&*self.state)?;
+        let state = self.state.clone();
+        let bytes = aside(move || Ok(serde_json::to_vec(&*state)?)).await?;
         store(&self.medium, &self.meta, bytes.clone(), &self.trouble).await?;
         Ok(Snapshot { meta: self.meta.clone(), snapshot: bytes })
     }
+}
+
+/// Does what takes long, or waits for a disk, on another thread: heartbeats go
+/// through this one.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
 /// Waits while the disk is full: an error here would stop the engine, and
@@ -171,10 +179,7 @@ async fn store(
     let mut waited = false;
     loop {
         let (medium, head, state) = (medium.clone(), head.clone(), state.clone());
-        let written = tokio::task::spawn_blocking(move || snapshot::write(&*medium, &head, &state))
-            .await
-            .map_err(io::Error::other)?;
-        match written {
+        match aside(move || snapshot::write(&*medium, &head, &state)).await {
             Err(e) if is_full(&e) => {
                 if !waited {
                     tracing::error!("no room for a snapshot: {e}");

@@ -69,6 +69,9 @@ pub(crate) struct Node {
     pub(crate) engine: Engine,
     pub(crate) wire: Arc<Wire>,
     pub(crate) standing: watch::Sender<Standing>,
+    /// The same, told anew only when more has changed than the last acknowledgement.
+    pub(crate) place: watch::Sender<Standing>,
+    publishing: Mutex<()>,
     pub(crate) trouble: watch::Receiver<Option<String>>,
     pub(crate) heartbeat: Duration,
     /// How long a voter keeps still after it accepted a coordinator's message.
@@ -107,6 +110,8 @@ impl Node {
         Node {
             engine,
             wire,
+            place: watch::Sender::new(standing.clone()),
+            publishing: Mutex::new(()),
             standing: watch::Sender::new(standing),
             trouble,
             heartbeat,
@@ -195,11 +200,21 @@ impl Node {
 
     /// Publishes the standing as it is now.
     pub(crate) fn refresh(&self) {
+        // One at a time, so that both end with the same.
+        let _turn = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
         self.standing.send_if_modified(|standing| {
             let now = self.now(standing);
             let changed = now != *standing;
             *standing = now;
             changed
+        });
+        let now = self.standing.borrow().clone();
+        self.place.send_if_modified(|place| {
+            let moved = *place != Standing { quorum_acked: place.quorum_acked, ..now.clone() };
+            if moved {
+                *place = now;
+            }
+            moved
         });
     }
 

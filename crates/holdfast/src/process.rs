@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, setrlimit};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -89,20 +90,14 @@ fn run_keeper(path: Option<&Path>) -> Result<()> {
 fn run_agent(path: Option<&Path>) -> Result<()> {
     let config = set_up(path)?;
     rustls::crypto::ring::default_provider().install_default().ok();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(16)
-        .on_thread_start(|| {
-            if let Err(error) = crate::realtime::go_first(NICE) {
-                tracing::warn!(%error, "the agent has no precedence over other processes");
-            }
-        })
-        .enable_all()
-        .build()?;
+    // Consensus has a thread of its own: whatever else the agent does stands in the way
+    // of no heartbeat, and a heartbeat wakes one thread up, not three. It ends last.
+    let engine = runtime("consensus", 1)?;
+    let runtime = runtime("agent", 2)?;
     runtime.block_on(async {
         let stop = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate())?;
-        let agent = Agent::start(config.clone(), stop.clone()).await?;
+        let agent = Agent::start(config.clone(), engine.handle().clone(), stop.clone()).await?;
         let (ending, parting) = (stop.clone(), agent.clone());
         tokio::spawn(async move {
             terminate.recv().await;
@@ -113,4 +108,18 @@ fn run_agent(path: Option<&Path>) -> Result<()> {
         crate::http::serve(agent, config.agent_socket(), Some(GROUP), stop).await?;
         Ok(())
     })
+}
+
+fn runtime(name: &str, threads: usize) -> std::io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .thread_name(name)
+        .worker_threads(threads)
+        .max_blocking_threads(16)
+        .on_thread_start(|| {
+            if let Err(error) = crate::realtime::go_first(NICE) {
+                tracing::warn!(%error, "the agent has no precedence over other processes");
+            }
+        })
+        .enable_all()
+        .build()
 }

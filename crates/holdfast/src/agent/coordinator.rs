@@ -106,7 +106,7 @@ impl Agent {
 
     /// Coordinates whenever this node is the coordinator, for ever.
     pub(super) async fn keep_coordinating(self, member: &'static Member) {
-        let mut standing = member.consensus.standing();
+        let mut standing = member.consensus.place();
         loop {
             let role = standing.borrow_and_update().me;
             if let Role::Coordinator { since } = role {
@@ -126,7 +126,7 @@ impl Agent {
     }
 
     async fn coordinate(&self, member: &'static Member, since: BootTime, term: u64) {
-        let mut standing = member.consensus.standing();
+        let mut standing = member.consensus.place();
         let mut state = member.consensus.state();
         let mut leases = member.leases.changed();
         let begun = {

@@ -90,7 +90,8 @@ impl Agent {
         let settings = Settings::new(me, directory);
         let witnesses = Arc::new(super::witness::Seats::default());
         let lane = ConsensusLane { peers: Arc::clone(&peers), witnesses: Arc::clone(&witnesses), me, home: None };
-        let consensus = Consensus::start(settings, Arc::new(lane)).await?;
+        let engine = &self.0.engine;
+        let consensus = engine.spawn(Consensus::start(settings, Arc::new(lane))).await??;
         // What it reads of earlier generations is not how things are.
         let mut state = consensus.state();
         if !kept.survivor && state.borrow().generation != generation {
@@ -134,7 +135,7 @@ impl Agent {
         tokio::spawn(crate::http::serve_tls(listener, tls, self.clone(), routes, self.0.stop.clone()));
         tokio::spawn(self.clone().keep_state(member.consensus.state()));
         tokio::spawn(self.clone().keep_listening(member));
-        tokio::spawn(self.clone().keep_authority(member));
+        engine.spawn(self.clone().keep_authority(member));
         tokio::spawn(self.clone().keep_coordinating(member));
         tokio::spawn(self.clone().keep_reporting(member));
         tokio::spawn(self.clone().keep_witnesses(member));

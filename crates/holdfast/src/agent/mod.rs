@@ -38,6 +38,7 @@ use holdfast_core::*;
 use holdfast_vswitch::Vswitch;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -71,6 +72,8 @@ pub struct Agent(Arc<Inner>);
 
 struct Inner {
     config: Config,
+    /// Where consensus runs.
+    engine: Handle,
     keeper: KeeperLink,
     vswitch: Vswitch,
     qemu: watch::Receiver<facts::Qemu>,
@@ -107,16 +110,17 @@ pub fn now_ms() -> u64 {
 
 impl Agent {
     /// Starts the agent of this host; when the host is in a cluster, takes up
-    /// its part in it.
+    /// its part in it. Consensus runs on `engine`.
     ///
     /// # Errors
     /// The keeper cannot be reached, or a file that must be kept is damaged.
-    pub async fn start(config: Config, stop: CancellationToken) -> anyhow::Result<Agent> {
+    pub async fn start(config: Config, engine: Handle, stop: CancellationToken) -> anyhow::Result<Agent> {
         let keeper = KeeperLink::connect(&config.keeper_socket()).await?;
         let vswitch = Vswitch::open()?;
         let qemu = facts::probe(&config);
         let inner = Inner {
             config,
+            engine,
             keeper,
             vswitch,
             qemu,
@@ -185,7 +189,7 @@ impl Agent {
         let member = self.member()?;
         let proposal = Proposal { id: RequestId(Uuid::new_v4()), at_ms: now_ms(), by: by.to_owned(), command };
         let until = Instant::now() + EXECUTE_DEADLINE;
-        let mut standing = member.consensus.standing();
+        let mut standing = member.consensus.place();
         // Once it was sent, it may have been applied. A retry carries the same id
         // and is applied once at most, so retrying is always safe.
         let mut sent = false;

@@ -118,7 +118,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Agent {
     /// Sends this node's report to whoever is coordinator, for ever.
     pub(super) async fn keep_reporting(self, member: &'static Member) {
-        let mut standing = member.consensus.standing();
+        let mut standing = member.consensus.place();
         let mut keeper = self.0.keeper.watch();
         let mut sequence = 0;
         loop {
@@ -141,8 +141,7 @@ impl Agent {
             };
             // A report that did not arrive is tried again soon, with what is true then.
             let pause = if delivered { EVERY } else { Duration::from_millis(50) };
-            // Where this node stands changes with every heartbeat; only another
-            // coordinator makes a difference here.
+            // Of where this node stands only another coordinator makes a difference here.
             let another = async {
                 if standing.wait_for(|now| now.coordinator != coordinator).await.is_err() {
                     std::future::pending::<()>().await;

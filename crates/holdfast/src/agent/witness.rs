@@ -120,7 +120,7 @@ impl Agent {
     /// Takes this node's part in hosting the witnesses that there are, for ever.
     pub(super) async fn keep_witnesses(self, member: &'static Member) {
         let mut changes = self.changes();
-        let mut standing = member.consensus.standing();
+        let mut standing = member.consensus.place();
         let mut tasks: BTreeMap<NodeId, JoinHandle<()>> = BTreeMap::new();
         loop {
             let state = changes.borrow_and_update().clone();
@@ -167,7 +167,7 @@ impl Agent {
 
     async fn keep_witness(self, member: &'static Member, witness: Witness) {
         let mut changes = self.changes();
-        let mut standing = member.consensus.standing();
+        let mut standing = member.consensus.place();
         let mut remembered = self.remembered(witness.mark).await;
         let mut host =
             Host { witness: witness.id, taken: None, released: None, held_back: None, trouble: None, running: None };
@@ -311,7 +311,7 @@ impl Host {
     async fn follow(&mut self, member: &'static Member, lease: &Lease, seen: &View) {
         let epoch = seen.mine.as_ref().map(|(epoch, _)| *epoch);
         let lost = self.running.as_ref().is_some_and(|(of, _)| Some(*of) != epoch);
-        let broken = self.running.as_ref().and_then(|(_, participant)| participant.standing().borrow().trouble.clone());
+        let broken = self.running.as_ref().and_then(|(_, participant)| participant.place().borrow().trouble.clone());
         if lost || broken.is_some() {
             self.stop(member).await;
         }
@@ -378,7 +378,7 @@ impl Host {
 
     /// Waits until the participant has failed by itself; for ever if none runs.
     fn failed(&self) -> impl Future<Output = ()> + 'static {
-        let mut standing = self.running.as_ref().map(|(_, participant)| participant.standing());
+        let mut standing = self.running.as_ref().map(|(_, participant)| participant.place());
         async move {
             match &mut standing {
                 Some(standing) => drop(standing.wait_for(|now| now.trouble.is_some()).await),
