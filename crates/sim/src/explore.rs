@@ -15,8 +15,9 @@ fn settle_ms(longest_lease_ms: u64) -> u64 {
 /// One seed in so many is watched while it rests.
 const RESTS_EVERY: u64 = 8;
 /// Votes that come back do so within so much time, in milliseconds: nothing happened
-/// for so long when the rest begins.
-const VOTES_COME_BACK_MS: u64 = 6_000;
+/// for so long when the rest begins. The witness may have to wait for the longest
+/// lease on its disk, and then attends for three seconds before it votes.
+const VOTES_COME_BACK_MS: u64 = 12_000;
 /// Then nothing may happen for so long, in milliseconds: longer than whoever took the
 /// witness over keeps it from whom it was given to.
 const REST_MS: u64 = 15_000;
