@@ -376,7 +376,7 @@ impl Agent {
             over.cloned().collect()
         };
         for disk in over {
-            let withdrawn = self.line(member).await?.call(Call::Withdraw(disk.id()), WITHDRAW_WITHIN).await;
+            let withdrawn = self.line(member).await?.call(Call::Withdraw(disk.clone()), WITHDRAW_WITHIN).await;
             withdrawn.with_context(|| format!("disk {} of a VM that ended", disk.disk))?;
             let last = {
                 let mut wanted = member.serving.wanted();

@@ -16,6 +16,7 @@ mod supply;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +41,8 @@ use sockets::Sockets;
 const THREADS: usize = 4;
 /// How long the keeper's socket may take to come here after the keeper has it.
 const SOCKET_WITHIN: Duration = Duration::from_secs(5);
+/// How long what an earlier life of this server had on its way may take.
+const HOLD_WITHIN: Duration = Duration::from_secs(8);
 /// How long what is under way may take when a disk is withdrawn.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(20);
 
@@ -143,8 +146,8 @@ fn listen_to(disks: &Arc<Disks>, stream: UnixStream) -> io::Result<()> {
                 // What is under way may wait for an answer that is read here.
                 let (disks, say) = (disks.clone(), say.clone());
                 std::thread::Builder::new().name("withdraw".into()).stack_size(128 << 10).spawn(move || {
-                    disks.withdraw(&call);
-                    let _ = say.send(ToAgent::Reply { id, result: Ok(()) });
+                    let result = disks.withdraw(&call).map_err(|error| format!("{error:#}"));
+                    let _ = say.send(ToAgent::Reply { id, result });
                 })?;
             }
         }
@@ -169,20 +172,7 @@ impl Disks {
             return Ok(());
         }
         let listener = self.sockets.wait(&disk.socket, SOCKET_WITHIN)?;
-        let (lun, geometry) = match book.luns.get(&disk.volume_id) {
-            Some((lun, geometry)) => (lun.clone(), *geometry),
-            None => {
-                let lun = Lun::open(&disk.device)?;
-                let Superblock { identity, geometry, .. } = Superblock::read(&lun)?;
-                if identity.volume != disk.volume_id {
-                    anyhow::bail!("{} holds another volume, {:?}", disk.device.display(), identity.name);
-                }
-                let (volume, name) = (disk.volume_id, disk.volume.clone());
-                let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry });
-                book.luns.insert(volume, (lun.clone(), geometry));
-                (lun, geometry)
-            }
-        };
+        let (lun, geometry) = self.open(&mut book, &disk)?;
         let right =
             Right { lease: self.lease.clone(), generation: self.generation, given: AtomicBool::new(disk.may_write) };
         let right = Arc::new(right);
@@ -196,11 +186,39 @@ impl Disks {
         Ok(())
     }
 
-    fn withdraw(&self, call: &Call) {
+    /// Opens the LUN that a disk is on, unless it is open.
+    fn open(&self, book: &mut Book, disk: &Disk) -> anyhow::Result<(Lun, Geometry)> {
+        if let Some((lun, geometry)) = book.luns.get(&disk.volume_id) {
+            return Ok((lun.clone(), *geometry));
+        }
+        let lun = Lun::open(&disk.device)?;
+        // What an earlier life of this server had on its way may still land. Nodes have
+        // block devices of their own, but a file in the place of one they share, and with
+        // it the lock.
+        let block = std::fs::metadata(&disk.device)?.file_type().is_block_device();
+        if block && !lun.hold(HOLD_WITHIN)? {
+            anyhow::bail!("I/O of an earlier volume server is still under way on {}", disk.device.display());
+        }
+        let Superblock { identity, geometry, .. } = Superblock::read(&lun)?;
+        if identity.volume != disk.volume_id {
+            anyhow::bail!("{} holds another volume, {:?}", disk.device.display(), identity.name);
+        }
+        let (volume, name) = (disk.volume_id, disk.volume.clone());
+        let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry });
+        book.luns.insert(volume, (lun.clone(), geometry));
+        Ok((lun, geometry))
+    }
+
+    fn withdraw(&self, call: &Call) -> anyhow::Result<()> {
         let gone: Vec<Served> = {
             let mut book = self.book();
             let over: Vec<DiskId> = match call {
-                Call::Withdraw(disk) => vec![*disk],
+                Call::Withdraw(disk) => {
+                    // An earlier life may have served it: once the LUN is held here,
+                    // nothing of that is under way.
+                    self.open(&mut book, disk)?;
+                    vec![disk.id()]
+                }
                 Call::Only(kept) => {
                     let kept: BTreeSet<_> = kept.iter().copied().collect();
                     book.served.keys().filter(|disk| !kept.contains(disk)).copied().collect()
@@ -218,10 +236,11 @@ impl Disks {
             }
         }
         if !stuck.is_empty() {
-            // The kernel lets nobody end before their I/O has: after that it is over.
+            // The next life waits for it before it does anything.
             tracing::error!(?stuck, "I/O of disks that nobody uses does not end: this process does");
             std::process::abort();
         }
+        Ok(())
     }
 }
 

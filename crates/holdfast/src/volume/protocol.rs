@@ -84,8 +84,9 @@ pub enum Call {
     /// Serve a disk; one that is served already gets what it has more: parts, and the
     /// right to write.
     Serve(Disk),
-    /// Serve it no more. Done when nothing of it is under way.
-    Withdraw(DiskId),
+    /// Serve it no more. Done when nothing of it is under way, nor of what an earlier
+    /// life of the server had been asked.
+    Withdraw(Disk),
     /// Serve no others than these. Done when nothing of others is under way.
     Only(Vec<DiskId>),
 }
