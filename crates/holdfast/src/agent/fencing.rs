@@ -279,8 +279,9 @@ pub struct FenceTestCall {
 /// What is due, if this node may decide that: it is the coordinator, and a quorum
 /// has acknowledged it just now. One that is cut off itself switches nobody off.
 fn due_now(member: &Member) -> Vec<Due> {
-    let standing = member.consensus.standing();
-    let acknowledged = standing.borrow().quorum_acked.filter(|_| standing.borrow().is_coordinator());
+    // One look: who borrows twice waits for ever when the writer comes in between.
+    let standing = member.consensus.standing().borrow().clone();
+    let acknowledged = standing.quorum_acked.filter(|_| standing.is_coordinator());
     let window_ms = member.consensus.authority_window_ms();
     if !acknowledged.is_some_and(|at| Authority::from_quorum(at, window_ms).holds(boot_time())) {
         return Vec::new();
