@@ -32,7 +32,7 @@ pub use convergence::{Convergence, MigrationSettings};
 pub use error::QemuError;
 pub use exit::{Exit, ExitReason};
 pub use image::{Image, QemuImg};
-pub use migration::{Cancelled, Outcome, Step, cancel, prepare_incoming, progress, start, watch};
+pub use migration::{Begun, Cancelled, Outcome, Step, cancel, prepare_incoming, progress, start, watch};
 pub use qmp::{
     BlockStats, Event, Identity, MigrationProgress, MigrationStatus, Qmp, RamProgress, RunState, Stamp, Status,
 };

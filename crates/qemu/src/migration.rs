@@ -16,6 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep};
 
@@ -122,14 +123,21 @@ async fn listening(qmp: &Qmp) -> Result<Option<SocketAddr>, QemuError> {
     }))
 }
 
+/// A migration that was begun here, and all that QEMU told since.
+#[derive(Debug)]
+pub struct Begun {
+    at: Stamp,
+    events: Receiver<Event>,
+}
+
 /// Starts to send the guest to the target that listens on `target`. Does
 /// nothing when a migration is under way already, or has succeeded. Returns
-/// when QEMU began, unless somebody else had begun.
+/// what [`watch`] needs, unless somebody else had begun.
 ///
 /// # Errors
 /// [`QemuError::Refused`] when QEMU cannot migrate this guest now;
 /// [`QemuError::NotHere`] when this is no source: it waits for a guest itself.
-pub async fn start(qmp: &Qmp, target: SocketAddr, settings: &MigrationSettings) -> Result<Option<Stamp>, QemuError> {
+pub async fn start(qmp: &Qmp, target: SocketAddr, settings: &MigrationSettings) -> Result<Option<Begun>, QemuError> {
     match word(qmp, Role::Source).await? {
         Word::Kept => {}
         Word::InFlight | Word::Sent => return Ok(None),
@@ -166,10 +174,13 @@ pub async fn start(qmp: &Qmp, target: SocketAddr, settings: &MigrationSettings) 
     let mut events = qmp.events();
     match qmp.migrate(&format!("tcp:{target}")).await {
         // QEMU tells of the beginning before it answers.
-        Ok(()) => Ok(std::iter::from_fn(|| events.try_recv().ok()).find_map(|event| match event {
-            Event::Migration(MigrationStatus::Setup, at) => Some(at),
-            _ => None,
-        })),
+        Ok(()) => {
+            let at = std::iter::from_fn(|| events.try_recv().ok()).find_map(|event| match event {
+                Event::Migration(MigrationStatus::Setup, at) => Some(at),
+                _ => None,
+            });
+            Ok(at.map(|at| Begun { at, events }))
+        }
         // Somebody else was faster with the same wish.
         Err(QemuError::Refused { .. }) if !progress(qmp).await?.status.is_over() => Ok(None),
         Err(error) => Err(error),
@@ -219,17 +230,20 @@ async fn settled(qmp: &Qmp) -> Result<Word, QemuError> {
 pub async fn watch(
     qmp: &Qmp,
     settings: &MigrationSettings,
-    began: Option<Stamp>,
+    began: Option<Begun>,
     mut on: impl FnMut(Step) + Send,
 ) -> Result<Outcome, QemuError> {
-    let mut events = qmp.events();
+    // Whether the migration was seen to be under way: its end is then known for it.
+    let mut under_way = began.is_some();
+    let (began, mut events) = match began {
+        Some(Begun { at, events }) => (Some(at), events),
+        None => (None, qmp.events()),
+    };
     let started = Instant::now();
     let mut convergence = Convergence::new(settings);
     // Since when the guest stands still, for whatever reason; and for this one.
     let mut stopped: Option<(Stamp, Instant)> = None;
     let mut still_since: Option<Instant> = None;
-    // Whether the migration was seen to be under way since the subscription.
-    let mut under_way = false;
     let mut gave_up: Option<&'static str> = None;
     let mut poll = tokio::time::interval(POLL);
     poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use holdfast_core::*;
 use holdfast_qemu::{
-    Arrival, MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Stamp, Step, Word, cancel, prepare_incoming,
+    Arrival, Begun, MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Step, Word, cancel, prepare_incoming,
     progress, start, watch, word,
 };
 use holdfast_vswitch::tap_name;
@@ -125,7 +125,7 @@ impl Guest {
                 let target = address.parse()?;
                 self.begun = Some(to.epoch);
                 match start(&qmp, target, &settings).await {
-                    Ok(stamp) => began = stamp,
+                    Ok(begun) => began = begun,
                     Err(error) => {
                         self.say(epoch, Run::Kept { why: error.to_string() });
                         return Ok(Next::Wait);
@@ -139,7 +139,7 @@ impl Guest {
     }
 
     /// Follows a migration to its end, and gives it up when that is wished.
-    async fn follow(&mut self, qmp: &Qmp, tenure: Tenure, to: Tenure, began: Option<Stamp>) -> anyhow::Result<Next> {
+    async fn follow(&mut self, qmp: &Qmp, tenure: Tenure, to: Tenure, began: Option<Begun>) -> anyhow::Result<Next> {
         let settings = MigrationSettings::default();
         let (member, vm, epoch) = (self.member, self.vm, tenure.epoch);
         let tell_from = Instant::now() + TELL_AFTER;
