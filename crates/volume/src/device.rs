@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::buffer::Pool;
-use crate::export::{OpenError, end, open};
+use crate::export::{Fence, Open, OpenError, end, open};
 use crate::lun::Device;
 
 /// What one read or write of zeroes or of a description moves at most, in bytes.
@@ -75,17 +75,35 @@ impl Lun {
     /// # Errors
     /// The system's; some of the range may have been zeroed.
     pub fn wipe(&self, at: u64, bytes: u64) -> io::Result<()> {
+        self.wipe_while(at, bytes, &Open).map(drop)
+    }
+
+    /// As [`Lun::wipe`], piece by piece, for as long as `fence` is open: `false` if it
+    /// was closed before the end.
+    ///
+    /// # Errors
+    /// The system's; some of the range may have been zeroed.
+    pub fn wipe_while(&self, at: u64, bytes: u64, fence: &dyn Fence) -> io::Result<bool> {
         let ways = [FallocateFlags::FALLOC_FL_ZERO_RANGE, FallocateFlags::FALLOC_FL_PUNCH_HOLE];
-        if !ways.into_iter().any(|way| self.allocate(way, at, bytes).is_ok()) {
-            let zeroes = self.buffer(PIECE_BYTES);
-            let mut done = 0;
-            while done < bytes {
-                let length = (bytes - done).min(PIECE_BYTES as u64);
-                self.file.write_all_at(&zeroes.bytes()[..length as usize], at + done)?;
-                done += length;
+        let mut zeroes = None;
+        let mut done = 0;
+        while done < bytes {
+            if !fence.may_write() {
+                return Ok(false);
             }
+            let (from, length) = (at + done, (bytes - done).min(PIECE_BYTES as u64));
+            if zeroes.is_some() || !ways.into_iter().any(|way| self.allocate(way, from, length).is_ok()) {
+                // The device did not answer at once, perhaps.
+                if !fence.may_write() {
+                    return Ok(false);
+                }
+                let zeroes = zeroes.get_or_insert_with(|| self.buffer(PIECE_BYTES));
+                self.file.write_all_at(&zeroes.bytes()[..length as usize], from)?;
+            }
+            done += length;
         }
-        self.file.sync_data()
+        self.file.sync_data()?;
+        Ok(true)
     }
 
     /// Tells the device that what is in a range is not needed any more; what it reads
@@ -175,6 +193,30 @@ impl Device for Lun {
 mod tests {
     use super::*;
     use crate::lun::PAGE_BYTES;
+
+    /// Closed after so many questions.
+    struct Closes(std::sync::atomic::AtomicU32);
+
+    impl Fence for Closes {
+        fn may_write(&self) -> bool {
+            let less = |left: u32| left.checked_sub(1);
+            self.0.fetch_update(std::sync::atomic::Ordering::SeqCst, std::sync::atomic::Ordering::SeqCst, less).is_ok()
+        }
+    }
+
+    #[test]
+    fn nothing_is_wiped_behind_a_fence_that_was_closed_half_way() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("lun");
+        std::fs::write(&path, vec![7; 4 << 20]).unwrap();
+        let lun = Lun::open(&path).unwrap();
+        assert!(!lun.wipe_while(0, 4 << 20, &Closes(2.into())).unwrap());
+        let left = std::fs::read(&path).unwrap().iter().filter(|byte| **byte == 7).count();
+        // A file system that cannot zero by itself has each piece asked for twice.
+        assert!(left == 2 << 20 || left == 3 << 20, "{left}");
+        assert!(lun.wipe_while(0, 4 << 20, &Open).unwrap());
+        assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0));
+    }
 
     #[test]
     fn what_is_wiped_reads_as_zero_and_the_rest_stays() {

@@ -173,9 +173,7 @@ impl Disks {
         }
         let listener = self.sockets.wait(&disk.socket, SOCKET_WITHIN)?;
         let (lun, geometry) = self.open(&mut book, &disk)?;
-        let right =
-            Right { lease: self.lease.clone(), generation: self.generation, given: AtomicBool::new(disk.may_write) };
-        let right = Arc::new(right);
+        let right = Arc::new(self.right(disk.may_write));
         let on_lun = LunDisk { name: EXPORT.into(), lun, geometry, bytes: disk.bytes, read_only: false, parts };
         let slabs = Slabs { volume: disk.volume_id, disk: disk.id(), line: self.line.clone() };
         let export = Export::on_lun(on_lun, Arc::new(slabs), right.clone())?;
@@ -184,6 +182,10 @@ impl Disks {
         self.server.serve(number, listener, export);
         book.served.insert(disk.id(), Served { number, order: disk, right });
         Ok(())
+    }
+
+    fn right(&self, given: bool) -> Right {
+        Right { lease: self.lease.clone(), generation: self.generation, given: given.into() }
     }
 
     /// Opens the LUN that a disk is on, unless it is open.
@@ -204,7 +206,8 @@ impl Disks {
             anyhow::bail!("{} holds another volume, {:?}", disk.device.display(), identity.name);
         }
         let (volume, name) = (disk.volume_id, disk.volume.clone());
-        let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry });
+        let lease = Arc::new(self.right(true));
+        let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry, lease });
         book.luns.insert(volume, (lun.clone(), geometry));
         Ok((lun, geometry))
     }

@@ -2,20 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use holdfast_core::Mapped;
 use holdfast_volume::lun::Geometry;
-use holdfast_volume::{Allocator, Grant, Lun, Refusal, Release, Wanted};
+use holdfast_volume::{Allocator, Fence, Grant, Lun, Refusal, Release, Wanted};
 use uuid::Uuid;
 
 use super::protocol::{Answer, DiskId, ToAgent};
 use super::supply::{Supply, Todo};
 
+/// A slab that could not be zeroed is tried again after this.
+const WIPE_AGAIN: Duration = Duration::from_secs(1);
+/// How often a lease that does not last is looked at again.
+const LEASE_AGAIN: Duration = Duration::from_millis(5);
+
 /// What the thread hears of.
 pub enum News {
     /// A LUN was opened.
-    Opened { volume: Uuid, name: String, lun: Lun, geometry: Geometry },
+    Opened { volume: Uuid, name: String, lun: Lun, geometry: Geometry, lease: Arc<dyn Fence> },
     /// A writer needs slabs.
     Wanted { volume: Uuid, disk: DiskId, parts: Range<u32>, grant: Grant },
     /// A slab was zeroed, or could not be.
@@ -61,8 +68,8 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
     let (mut number, mut todo) = (0, Vec::new());
     while let Ok(news) = inbox.recv() {
         match news {
-            News::Opened { volume, name, lun, geometry } => {
-                let wiper = start_wiper(volume, lun, geometry, line.clone());
+            News::Opened { volume, name, lun, geometry, lease } => {
+                let wiper = start_wiper(volume, lun, geometry, lease, line.clone());
                 pools.insert(volume, Pool { supply: Supply::new(&name, geometry.slab_bytes), wiper });
             }
             News::Wanted { volume, disk, parts, grant } => {
@@ -108,16 +115,30 @@ fn act(todo: Todo<Grant>, pool: &Pool, agent: Option<&Sender<ToAgent>>) {
     }
 }
 
-/// Zeroes slabs, one after the other.
-fn start_wiper(volume: Uuid, lun: Lun, geometry: Geometry, line: Sender<News>) -> Sender<u32> {
+/// Zeroes slabs, one after the other, while the node has the lease under which this
+/// server was started: afterwards they may be somebody else's.
+fn start_wiper(
+    volume: Uuid,
+    lun: Lun,
+    geometry: Geometry,
+    lease: Arc<dyn Fence>,
+    line: Sender<News>,
+) -> Sender<u32> {
     let (order, orders) = channel::<u32>();
     let name = "zeroes".to_owned();
     let body = move || {
         while let Ok(slab) = orders.recv() {
-            let wiped = lun.wipe(geometry.slab(slab), geometry.slab_bytes);
+            let wiped = loop {
+                match lun.wipe_while(geometry.slab(slab), geometry.slab_bytes, &*lease) {
+                    // A lease that is over never opens it again, and then the keeper ends
+                    // this process.
+                    Ok(false) => std::thread::sleep(LEASE_AGAIN),
+                    wiped => break wiped,
+                }
+            };
             if let Err(error) = &wiped {
                 tracing::warn!(%volume, slab, %error, "a slab cannot be zeroed: it is tried again");
-                std::thread::sleep(std::time::Duration::from_secs(1));
+                std::thread::sleep(WIPE_AGAIN);
             }
             let _ = line.send(News::Wiped { volume, slab, done: wiped.is_ok() });
         }
@@ -128,4 +149,46 @@ fn start_wiper(volume: Uuid, lun: Lun, geometry: Geometry, line: Sender<News>) -
         std::process::abort();
     }
     order
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    /// Says when it is asked.
+    struct Gate {
+        open: AtomicBool,
+        asked: Mutex<Sender<()>>,
+    }
+
+    impl Fence for Gate {
+        fn may_write(&self) -> bool {
+            let open = self.open.load(Ordering::SeqCst);
+            let _ = self.asked.lock().unwrap().send(());
+            open
+        }
+    }
+
+    #[test]
+    fn no_slab_is_zeroed_without_a_lease() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lun");
+        std::fs::write(&path, vec![7; 64 << 20]).unwrap();
+        let lun = Lun::open(&path).unwrap();
+        let geometry = Geometry::of(lun.bytes(), Some(16 << 20)).unwrap();
+        let ((asked, questions), (line, news)) = (channel(), channel());
+        let gate = Arc::new(Gate { open: false.into(), asked: Mutex::new(asked) });
+        let wiper = start_wiper(Uuid::nil(), lun, geometry, gate.clone(), line);
+        wiper.send(0).unwrap();
+        // The second question comes after everything that follows the first.
+        (0..2).for_each(|_| questions.recv().unwrap());
+        let slab = || std::fs::read(&path).unwrap()[geometry.slab(0) as usize..][..16 << 20].to_vec();
+        assert!(slab().iter().all(|byte| *byte == 7));
+        gate.open.store(true, Ordering::SeqCst);
+        assert!(matches!(news.recv().unwrap(), News::Wiped { slab: 0, done: true, .. }));
+        assert!(slab().iter().all(|byte| *byte == 0));
+    }
 }
