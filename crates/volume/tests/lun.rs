@@ -7,13 +7,14 @@ use std::ops::Range;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::*;
 use holdfast_volume::lun::{Alone, FileId, Geometry, Identity, Op, Store};
-use holdfast_volume::{Allocator, Export, Grant, Lun, LunDisk, Open, Refusal, Release, Server, Wanted};
+use holdfast_volume::{Allocator, Export, Fence, Grant, Lun, LunDisk, Open, Refusal, Release, Server, Wanted};
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
@@ -178,6 +179,10 @@ struct ByHand {
 
 impl ByHand {
     fn new() -> ByHand {
+        ByHand::behind(Arc::new(Open))
+    }
+
+    fn behind(fence: Arc<dyn Fence>) -> ByHand {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         File::create(dir.path().join("lun")).unwrap().set_len(400 * MIB).unwrap();
         let lun = Lun::open(&dir.path().join("lun")).unwrap();
@@ -185,7 +190,7 @@ impl ByHand {
         let (sender, calls) = channel();
         let disk =
             LunDisk { name: "disk".into(), lun, geometry, bytes: 10 * SLAB, read_only: false, parts: vec![(9, 0)] };
-        let export = Export::on_lun(disk, Arc::new(Slow(Mutex::new(sender))), Arc::new(Open)).unwrap();
+        let export = Export::on_lun(disk, Arc::new(Slow(Mutex::new(sender))), fence).unwrap();
         let server = Server::start(1).unwrap();
         server.serve(1, UnixListener::bind(dir.path().join("socket")).unwrap(), export);
         ByHand { dir, server, calls }
@@ -293,6 +298,46 @@ fn a_disk_that_is_withdrawn_does_not_wait_for_its_slabs() {
     let mut bytes = vec![1; lun.bytes() as usize];
     holdfast_volume::lun::Device::read(&lun, 0, &mut bytes).unwrap();
     assert!(bytes.iter().all(|byte| *byte == 0), "nothing was written");
+}
+
+/// Lets one piece of a request through, when it is told to.
+struct Once {
+    used: AtomicBool,
+    asked: Mutex<Sender<()>>,
+    go: Mutex<Receiver<()>>,
+}
+
+impl Fence for Once {
+    fn may_write(&self) -> bool {
+        if self.used.swap(true, Ordering::SeqCst) {
+            return false;
+        }
+        let _ = self.asked.lock().unwrap().send(());
+        self.go.lock().unwrap().recv().is_ok()
+    }
+}
+
+#[test]
+fn a_disk_is_withdrawn_in_the_middle_of_a_request() {
+    for (kind, at, length) in [(WRITE, 9 * SLAB - 512, 1024), (TRIM, 8 * SLAB + MIB, SLAB as u32)] {
+        let ((asked, question), (tell, go)) = (channel(), channel());
+        let once = Once { used: false.into(), asked: Mutex::new(asked), go: Mutex::new(go) };
+        let disk = ByHand::behind(Arc::new(once));
+        assert!(disk.server.add_parts(1, &[(8, 1)]));
+        let mut client = disk.client();
+        client.ask(kind, 1, at, length, &vec![1; if kind == WRITE { length as usize } else { 0 }]);
+        question.recv().unwrap();
+        std::thread::scope(|scope| {
+            let withdrawn = scope.spawn(|| disk.server.withdraw(1, Duration::from_secs(60)));
+            // The thread that serves it stands still until then, and finds that it is
+            // withdrawn as soon as the first of two pieces is under way.
+            while disk.server.counters(1).is_some() {
+                std::thread::yield_now();
+            }
+            tell.send(()).unwrap();
+            assert!(withdrawn.join().unwrap());
+        });
+    }
 }
 
 #[test]

@@ -117,13 +117,7 @@ fn act(todo: Todo<Grant>, pool: &Pool, agent: Option<&Sender<ToAgent>>) {
 
 /// Zeroes slabs, one after the other, while the node has the lease under which this
 /// server was started: afterwards they may be somebody else's.
-fn start_wiper(
-    volume: Uuid,
-    lun: Lun,
-    geometry: Geometry,
-    lease: Arc<dyn Fence>,
-    line: Sender<News>,
-) -> Sender<u32> {
+fn start_wiper(volume: Uuid, lun: Lun, geometry: Geometry, lease: Arc<dyn Fence>, line: Sender<News>) -> Sender<u32> {
     let (order, orders) = channel::<u32>();
     let name = "zeroes".to_owned();
     let body = move || {

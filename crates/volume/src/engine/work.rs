@@ -136,6 +136,11 @@ impl Engine {
     fn step(&mut self, at: usize) -> io::Result<()> {
         loop {
             let active = &mut self.active[at];
+            if self.connections[active.connection].broken {
+                // Nobody hears the answer; a withdrawn disk's fence never opens again.
+                self.abandon(at);
+                return Ok(());
+            }
             let (request, export) = (active.request, &active.export);
             if active.doing == Doing::Sync {
                 let io = Io::Sync { file: export.file().clone() };
@@ -352,18 +357,23 @@ impl Engine {
 
     /// Requests that wait on connections that are over are not served any more.
     pub(super) fn abandon_parked(&mut self) {
-        let Engine { parked, active, connections, pool, .. } = self;
-        parked.retain(|at| {
-            let connection = &mut connections[active[*at].connection];
-            if !connection.broken {
-                return true;
+        for at in std::mem::take(&mut self.parked) {
+            let active = &self.active[at];
+            if self.connections[active.connection].broken {
+                active.export.tally.waits(active.waits == Waits::Fence, false);
+                self.abandon(at);
+            } else {
+                self.parked.push(at);
             }
-            let mut gone = active.remove(*at);
-            gone.export.tally.waits(gone.waits == Waits::Fence, false);
-            pool.put(gone.buffer.take().unwrap_or_default());
-            connection.answer(&gone.request, Head::error(gone.request.cookie, false, Errno::Shutdown), None);
-            false
-        });
+        }
+    }
+
+    /// Ends a request on a connection that is over, between two pieces of it.
+    fn abandon(&mut self, at: usize) {
+        let Active { request, connection, mut buffer, .. } = self.active.remove(at);
+        self.pool.put(buffer.take().unwrap_or_default());
+        self.connections[connection].answer(&request, Head::error(request.cookie, false, Errno::Shutdown), None);
+        self.touched.push(connection);
     }
 }
 
