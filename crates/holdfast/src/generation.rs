@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::now_ms;
+use crate::http;
 use crate::identity::{self, write_durably};
 
 /// In calls between nodes and in their answers: the generation that the sender obeys.
@@ -178,9 +179,10 @@ impl Allegiance {
         self.generation
     }
 
-    /// Takes in what the headers of a node's answer say of its generation.
-    pub fn heard(&self, headers: &HeaderMap) {
-        self.meet(said(headers));
+    /// Takes in what the headers of a node's answer say of its generation: whether it
+    /// is this one's.
+    pub fn heard(&self, headers: &HeaderMap) -> bool {
+        self.meet(said(headers))
     }
 
     /// Meets the generation of another node: whether it is this one's. Steps aside
@@ -219,8 +221,13 @@ fn said(headers: &HeaderMap) -> Generation {
     text.and_then(|text| text.parse().ok()).unwrap_or_default()
 }
 
-/// Lets calls of nodes pass that obey the same generation, and tells the others.
+/// Lets calls of nodes pass that obey the same generation, and tells the others. It
+/// comes before it is asked who may call: whether a node was removed is a matter of
+/// each generation.
 pub async fn gate(State(allegiance): State<Arc<Allegiance>>, request: Request, next: Next) -> Response {
+    if !http::is_call_of_a_node(&request) {
+        return next.run(request).await;
+    }
     let mut response = match allegiance.meet(said(request.headers())) {
         true => next.run(request).await,
         false => (StatusCode::CONFLICT, "a quorum was forced, and the nodes obey different generations of the cluster")

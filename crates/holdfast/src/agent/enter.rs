@@ -132,7 +132,8 @@ impl Agent {
             anyhow::bail!("this host is in a cluster already");
         }
         let routes = rpc::routes(self.clone(), member);
-        tokio::spawn(crate::http::serve_tls(listener, tls, self.clone(), routes, self.0.stop.clone()));
+        let (allegiance, stop) = (member.allegiance.clone(), self.0.stop.clone());
+        tokio::spawn(crate::http::serve_tls(listener, tls, self.clone(), routes, allegiance, stop));
         tokio::spawn(self.clone().keep_state(member.consensus.state()));
         tokio::spawn(self.clone().keep_listening(member));
         engine.spawn(self.clone().keep_authority(member));

@@ -291,12 +291,12 @@ async fn exchange(
     sender.ready().await.map_err(unreachable)?;
     let response = sender.send_request(request).await.map_err(unreachable)?;
     let status = response.status();
-    allegiance.heard(response.headers());
+    let of_ours = allegiance.heard(response.headers());
     let body = read(response.into_body()).await?;
     if status.is_success() {
         Ok(body)
     } else {
-        if status == StatusCode::FORBIDDEN && says_removed(&body) {
+        if of_ours && status == StatusCode::FORBIDDEN && says_removed(&body) {
             allegiance.removed();
         }
         Err(CallError::Refused { status, text: String::from_utf8_lossy(&body).into_owned() })
@@ -304,7 +304,8 @@ async fn exchange(
 }
 
 /// Whether an answer tells this node that it was removed. Whoever says so has shown
-/// a certificate of the cluster, and a node that was removed never is one again.
+/// a certificate of the cluster, and a node that was removed never is one again in the
+/// same generation.
 fn says_removed(body: &[u8]) -> bool {
     serde_json::from_slice::<holdfast_api::ErrorBody>(body).is_ok_and(|body| body.error.code == crate::http::REMOVED)
 }

@@ -73,10 +73,20 @@ pub fn caller(state: &ClusterState, request: &Request) -> Result<Caller, ApiErro
     admit(state, peer, request.uri().path(), bearer)
 }
 
+/// Whether a node makes a request that only nodes may make.
+pub fn is_call_of_a_node(request: &Request) -> bool {
+    let by_node = matches!(request.extensions().get(), Some(Peer::Remote { node: Some(_) }));
+    by_node && for_nodes(request.uri().path())
+}
+
+fn for_nodes(path: &str) -> bool {
+    path == "/node" || path.starts_with("/node/")
+}
+
 /// Who the caller is, if they may call `path`.
 fn admit(state: &ClusterState, peer: &Peer, path: &str, bearer: Option<&str>) -> Result<Caller, ApiError> {
     let forbidden = |text: &str| Err(ApiError::new("forbidden", text));
-    let for_nodes = path == "/node" || path.starts_with("/node/");
+    let for_nodes = for_nodes(path);
     match peer {
         Peer::Remote { node: Some(node) } if for_nodes => {
             // A number that this node never heard of may be newer than what it
@@ -132,11 +142,13 @@ mod tests {
     use axum::body::Body;
     use axum::http::StatusCode;
     use axum::routing::get;
-    use holdfast_core::{ApiToken, Node};
+    use holdfast_core::{ApiToken, Generation, Node};
     use http_body_util::BodyExt;
+    use tokio_util::sync::CancellationToken;
     use tower::ServiceExt;
 
     use super::*;
+    use crate::generation::{self, Allegiance, GENERATION};
 
     fn state() -> ClusterState {
         let mut state = ClusterState::default();
@@ -209,6 +221,40 @@ mod tests {
             assert_eq!(got.as_u16(), status, "{told}: {body}");
             assert!(body.contains(text), "{told}: {body}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_node_of_another_generation_is_not_told_that_it_was_removed() {
+        let ours = Generation { number: 2, mark: uuid::Uuid::from_u128(2) };
+        let dir = tempfile::tempdir().unwrap();
+        let allegiance = Arc::new(Allegiance::new(ours, dir.path().to_owned(), CancellationToken::new()));
+        let (_keep, changes) = watch::channel(Arc::new(state()));
+        let app = Router::new()
+            .route("/node/report", get(|| async { "heard" }))
+            .layer(axum::middleware::from_fn_with_state(changes, gate))
+            .layer(axum::middleware::from_fn_with_state(allegiance, generation::gate));
+        let earlier = Generation { number: 1, mark: uuid::Uuid::from_u128(1) };
+        let torn = Generation { number: 2, mark: uuid::Uuid::from_u128(3) };
+        let cases = [
+            (2, earlier, StatusCode::CONFLICT),
+            (2, torn, StatusCode::CONFLICT),
+            (2, ours, StatusCode::FORBIDDEN),
+            (1, earlier, StatusCode::CONFLICT),
+            (1, ours, StatusCode::OK),
+        ];
+        for (node, theirs, status) in cases {
+            let peer = Peer::Remote { node: Some(NodeId(node)) };
+            let request = Request::get("/node/report").extension(peer).header(GENERATION, theirs.to_string());
+            let answer = app.clone().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+            assert_eq!(answer.status(), status, "node {node} of {theirs}");
+            assert_eq!(answer.headers()[GENERATION], ours.to_string().as_str());
+        }
+        // Nobody but a node moves this one to another generation.
+        let later = Generation { number: 3, mark: uuid::Uuid::from_u128(4) };
+        let stranger = Request::get("/node/report").extension(Peer::Remote { node: None });
+        let stranger = stranger.header(GENERATION, later.to_string()).body(Body::empty()).unwrap();
+        assert_eq!(app.oneshot(stranger).await.unwrap().status(), StatusCode::FORBIDDEN);
+        assert!(!dir.path().join(generation::FILE).exists());
     }
 
     #[test]

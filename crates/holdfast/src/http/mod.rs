@@ -29,9 +29,10 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::agent::Agent;
+use crate::generation::Allegiance;
 
 pub use error::ApiError;
-pub use gate::{Peer, REMOVED};
+pub use gate::{Peer, REMOVED, is_call_of_a_node};
 pub use server::ServeError;
 
 /// The largest body of a request to the API, in bytes.
@@ -136,15 +137,17 @@ pub async fn serve(
 }
 
 /// Answers on the network until `stop`. `config` verifies client certificates
-/// where one is shown.
+/// where one is shown; nodes have to be of the generation of `allegiance`.
 pub async fn serve_tls(
     listener: TcpListener,
     config: Arc<ServerConfig>,
     agent: Agent,
     node_routes: Router,
+    allegiance: Arc<Allegiance>,
     stop: CancellationToken,
 ) {
-    let router = router(agent, node_routes, stop.clone());
+    let router = router(agent, node_routes, stop.clone())
+        .layer(axum::middleware::from_fn_with_state(allegiance, crate::generation::gate));
     server::serve_tls(listener, config, router, stop).await;
 }
 
