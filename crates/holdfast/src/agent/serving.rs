@@ -72,7 +72,7 @@ impl Line {
         Ok(self.writer.lock().await.write_all(&line).await?)
     }
 
-    async fn call(&self, call: Call, within: Duration) -> anyhow::Result<()> {
+    async fn call(&self, call: Call, within: Duration) -> Result<(), CallError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (tell, told) = oneshot::channel();
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).insert(id, tell);
@@ -82,8 +82,20 @@ impl Line {
         });
         let answered = answered.await;
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        answered.context("the volume server does not answer")??.map_err(anyhow::Error::msg)
+        let answered = answered.context("the volume server does not answer").and_then(|answered| answered);
+        answered.map_err(CallError::Unknown)?.map_err(CallError::Refused)
     }
+}
+
+/// Why a call to the volume server was not answered with success.
+#[derive(Debug, thiserror::Error)]
+enum CallError {
+    /// It says that it did not do it.
+    #[error("{0}")]
+    Refused(String),
+    /// It may have done it, or do it later.
+    #[error(transparent)]
+    Unknown(anyhow::Error),
 }
 
 impl Agent {
@@ -260,11 +272,15 @@ impl Agent {
         let state = member.consensus.state().borrow().clone();
         for at in lun_disks(&state, vm) {
             let disk = self.disk_to_serve(member, &state, vm, at, tenure, may_write)?;
-            let id = disk.id();
-            if let Err(error) = self.serve_disk(member, disk).await {
+            let (id, new) = (disk.id(), !member.serving.wanted().contains_key(&disk.id()));
+            let served = self.serve_disk(member, disk).await;
+            // One that may be served all the same, now or later, stays here to be
+            // withdrawn before the VM gets another QEMU on this node: that one would find
+            // it behind its socket. Until then nobody writes to it.
+            if new && matches!(served, Err(CallError::Refused(_))) {
                 member.serving.wanted().remove(&id);
-                return Err(error);
             }
+            served?;
         }
         Ok(())
     }
@@ -298,9 +314,10 @@ impl Agent {
         Ok(())
     }
 
-    async fn serve_disk(&self, member: &'static Member, disk: Disk) -> anyhow::Result<()> {
-        self.0.keeper.ask(Request::Listen { path: disk.socket.clone() }).await?;
-        let line = self.line(member).await?;
+    async fn serve_disk(&self, member: &'static Member, disk: Disk) -> Result<(), CallError> {
+        let listening = self.0.keeper.ask(Request::Listen { path: disk.socket.clone() }).await;
+        listening.map_err(|error| CallError::Unknown(error.into()))?;
+        let line = self.line(member).await.map_err(CallError::Unknown)?;
         // Before it is served: the next life of the server has to hear of it, too.
         let disk = {
             let mut wanted = member.serving.wanted();
@@ -491,5 +508,31 @@ mod tests {
         let mut parts = vec![(0, 7, 2).into(), (9, 1, 1).into()];
         join(&mut parts, &[(1, 8, 2).into(), (3, 10, 1).into()]);
         assert_eq!(parts, [(0, 7, 4).into(), (9, 1, 1).into()]);
+    }
+
+    #[tokio::test]
+    async fn only_an_answer_says_that_a_call_did_nothing() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let line = Line {
+            writer: tokio::sync::Mutex::new(ours.into_split().1),
+            calls: Mutex::default(),
+            next: AtomicU64::new(1),
+        };
+        let call = || line.call(Call::Only(Vec::new()), Duration::from_secs(60));
+        let mut theirs = BufReader::new(theirs);
+        let mut word = String::new();
+        let refusing = async {
+            theirs.read_line(&mut word).await.unwrap();
+            let refused = line.calls.lock().unwrap().remove(&1).unwrap();
+            refused.send(Err("no such device".into())).unwrap();
+        };
+        let (refused, ()) = tokio::join!(call(), refusing);
+        assert!(matches!(refused, Err(CallError::Refused(why)) if why == "no such device"));
+
+        let mute = line.call(Call::Only(Vec::new()), Duration::ZERO).await;
+        assert!(matches!(mute, Err(CallError::Unknown(_))), "{mute:?}");
+        drop(theirs);
+        let gone = call().await;
+        assert!(matches!(gone, Err(CallError::Unknown(_))), "{gone:?}");
     }
 }
