@@ -94,6 +94,8 @@ struct Guest {
     disk_tried: Option<Instant>,
     /// Since when the monitor does not answer, in this epoch.
     mute_since: Option<(Epoch, Instant)>,
+    /// The epoch whose QEMU has died and asks nothing of its disks any more.
+    withdrawn: Option<Epoch>,
 }
 
 impl Agent {
@@ -109,6 +111,7 @@ impl Agent {
             begun: None,
             disk_tried: None,
             mute_since: None,
+            withdrawn: None,
         };
         loop {
             changes.borrow_and_update();
@@ -162,10 +165,11 @@ impl Guest {
     async fn step(&mut self) -> anyhow::Result<Next> {
         let wish = self.wish();
         let view = self.view();
-        let epoch = match &wish {
+        let tenure = match &wish {
             Wish::Nothing => None,
-            Wish::Run { tenure, .. } | Wish::Receive { tenure, .. } | Wish::Send { tenure, .. } => Some(tenure.epoch),
+            Wish::Run { tenure, .. } | Wish::Receive { tenure, .. } | Wish::Send { tenure, .. } => Some(*tenure),
         };
+        let epoch = tenure.map(|tenure| tenure.epoch);
         // A process of any other epoch has no right to be.
         if let Some(alive) = view.alive(self.vm).filter(|alive| Some(alive.epoch) != epoch) {
             self.monitor = None;
@@ -173,15 +177,19 @@ impl Guest {
             return Ok(Next::Soon(Duration::ZERO));
         }
         self.forget_all_but(epoch, &view).await;
-        let Some(epoch) = epoch else {
+        let Some(tenure) = tenure else {
             self.agent.withdraw_disks(self.member, self.vm, None).await?;
             self.clear_away().await;
             return Ok(Next::Over);
         };
+        let epoch = tenure.epoch;
         let process = view.process(self.vm, epoch).cloned();
         if let Some(over) = process.as_ref().and_then(|process| self.how_it_ended(process, &view)) {
             // Said only when nothing that it had asked of its disks is under way.
-            self.agent.withdraw_disks(self.member, self.vm, None).await?;
+            if self.withdrawn != Some(epoch) {
+                self.agent.withdraw_all_disks(self.member, self.vm, tenure).await?;
+                self.withdrawn = Some(epoch);
+            }
             self.monitor = None;
             self.member.guests.set_waiting(self.vm, None);
             self.say(epoch, over);

@@ -407,6 +407,24 @@ impl Agent {
         Ok(())
     }
 
+    /// Withdraws the disks of a QEMU that has died under a right, whoever had them
+    /// served: an earlier life of this agent may have, of which this one was not told.
+    pub(super) async fn withdraw_all_disks(
+        &self,
+        member: &'static Member,
+        vm: VmId,
+        tenure: Tenure,
+    ) -> anyhow::Result<()> {
+        let state = self.state();
+        if let Some(vm) = state.vms.get(&vm) {
+            for at in lun_disks(&state, vm) {
+                let disk = self.disk_to_serve(member, &state, vm, at, tenure, false)?;
+                member.serving.wanted().entry(disk.id()).or_insert(disk);
+            }
+        }
+        self.withdraw_disks(member, vm, None).await
+    }
+
     async fn hear(self, member: &'static Member, reader: OwnedReadHalf, line: Arc<Line>) -> anyhow::Result<()> {
         let mut reader = BufReader::new(reader);
         let mut bytes = Vec::new();
