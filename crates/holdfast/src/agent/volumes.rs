@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use holdfast_core::*;
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 
 use super::{Agent, Failure, Member, luns, rpc};
@@ -110,17 +111,13 @@ impl Agent {
     pub(super) async fn keep_volumes(self, member: &'static Member) {
         let mut changes = self.changes();
         let mut known: Option<BTreeMap<String, Volume>> = None;
+        let (root, luns) = (&self.0.config.volumes_dir, &self.0.config.lun_dir);
+        let mut looks = Looks::default();
         loop {
             let volumes = changes.borrow_and_update().volumes.clone();
             if !changes.borrow().cluster.name.is_empty() {
-                let dir = self.0.config.volumes_dir.clone();
-                let wanted = volumes.clone();
-                let luns = self.0.config.lun_dir.clone();
-                let Seen { unreachable, devices } =
-                    on_disk(move || Ok(look(&dir, &luns, &wanted))).await.unwrap_or_else(|why| Seen {
-                        unreachable: volumes.keys().map(|name| (name.clone(), why.clone())).collect(),
-                        devices: BTreeMap::new(),
-                    });
+                drop_links(root, &volumes);
+                let Seen { unreachable, devices } = looks.look(root, luns, &volumes, DEADLINE).await;
                 member.serving.found(devices);
                 member.reports.say(|report| report.unreachable = unreachable);
                 known = Some(volumes);
@@ -138,8 +135,12 @@ pub(super) async fn on_disk<T: Send + 'static>(
     match timeout(DEADLINE, tokio::task::spawn_blocking(work)).await {
         Ok(Ok(done)) => done,
         Ok(Err(error)) => Err(format!("failed: {error}")),
-        Err(_) => Err(format!("gets no answer from the storage within {} s", DEADLINE.as_secs())),
+        Err(_) => Err(no_answer()),
     }
+}
+
+fn no_answer() -> String {
+    format!("gets no answer from the storage within {} s", DEADLINE.as_secs())
 }
 
 fn put_mark(dir: &Path, mark: &Mark) -> Result<(), String> {
@@ -184,23 +185,57 @@ struct Seen {
     devices: BTreeMap<Uuid, PathBuf>,
 }
 
-/// Makes the links true, and looks which volumes this node reaches.
-fn look(root: &Path, luns: &Path, volumes: &BTreeMap<String, Volume>) -> Seen {
-    let (mut unreachable, mut devices) = (BTreeMap::new(), BTreeMap::new());
-    for (name, volume) in volumes {
-        let reached = match &volume.kind {
-            VolumeKind::Directory { path } => {
-                see_mark(Path::new(path), volume.id).and_then(|()| link(&root.join(name), Path::new(path)))
-            }
-            VolumeKind::Lun { device, .. } => {
-                luns::find(volume.id, Path::new(device), luns).map(|path| drop(devices.insert(volume.id, path)))
-            }
-        };
-        if let Err(why) = reached {
-            unreachable.insert(name.clone(), why);
+/// Where a LUN was found; the error is a clause that follows the node's name.
+type Reached = Result<Option<PathBuf>, String>;
+
+/// The looks at volumes that have not come to an end, by the volumes' identities. Each
+/// volume is looked at by itself, so that storage that hangs holds up no other.
+#[derive(Default)]
+struct Looks(BTreeMap<Uuid, JoinHandle<Reached>>);
+
+impl Looks {
+    /// Looks which volumes this node reaches, and makes the links to them true. One look
+    /// at a volume that hangs is enough: the next would hang, too, and hold a thread.
+    async fn look(&mut self, root: &Path, luns: &Path, volumes: &BTreeMap<String, Volume>, within: Duration) -> Seen {
+        for (name, volume) in volumes {
+            self.0.entry(volume.id).or_insert_with(|| {
+                let (at, luns, volume) = (root.join(name), luns.to_owned(), volume.clone());
+                tokio::task::spawn_blocking(move || look_at(&at, &luns, &volume))
+            });
         }
+        self.0.retain(|id, _| volumes.values().any(|volume| volume.id == *id));
+        let until = Instant::now() + within;
+        let mut seen = Seen { unreachable: BTreeMap::new(), devices: BTreeMap::new() };
+        for (name, volume) in volumes {
+            let Some(look) = self.0.get_mut(&volume.id) else { continue };
+            let reached = match timeout_at(until, look).await {
+                Ok(over) => {
+                    self.0.remove(&volume.id);
+                    over.unwrap_or_else(|error| Err(format!("failed: {error}")))
+                }
+                Err(_) => Err(no_answer()),
+            };
+            match reached {
+                Ok(device) => drop(device.map(|device| seen.devices.insert(volume.id, device))),
+                Err(why) => drop(seen.unreachable.insert(name.clone(), why)),
+            }
+        }
+        seen
     }
-    // Links of volumes that are gone; anything else there is not ours.
+}
+
+fn look_at(at: &Path, luns: &Path, volume: &Volume) -> Reached {
+    match &volume.kind {
+        VolumeKind::Directory { path } => {
+            let path = Path::new(path);
+            see_mark(path, volume.id).and_then(|()| link(at, path)).map(|()| None)
+        }
+        VolumeKind::Lun { device, .. } => luns::find(volume.id, Path::new(device), luns).map(Some),
+    }
+}
+
+/// Removes links to volumes that are gone; anything else there is not ours.
+fn drop_links(root: &Path, volumes: &BTreeMap<String, Volume>) {
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
@@ -208,7 +243,6 @@ fn look(root: &Path, luns: &Path, volumes: &BTreeMap<String, Volume>) -> Seen {
             let _ = std::fs::remove_file(entry.path());
         }
     }
-    Seen { unreachable, devices }
 }
 
 fn link(at: &Path, to: &Path) -> Result<(), String> {
@@ -244,19 +278,55 @@ mod tests {
         assert!(put_mark(&dir.path().join("missing"), &mark).unwrap_err().contains("missing"));
     }
 
-    #[test]
-    fn links_follow_the_volumes_and_leave_what_is_not_theirs() {
+    fn directory(id: u128, dir: &Path) -> Volume {
+        let kind = VolumeKind::Directory { path: dir.to_string_lossy().into_owned() };
+        Volume { id: Uuid::from_u128(id), kind, added_ms: 0 }
+    }
+
+    fn mark_of(volume: &Volume, name: &str) -> Mark {
+        Mark { volume: volume.id, name: name.into(), cluster: "lab".into() }
+    }
+
+    #[tokio::test]
+    async fn links_follow_the_volumes_and_leave_what_is_not_theirs() {
         let (root, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let id = Uuid::from_u128(1);
-        put_mark(dir.path(), &Mark { volume: id, name: "vol1".into(), cluster: "lab".into() }).unwrap();
-        let kind = VolumeKind::Directory { path: dir.path().to_string_lossy().into_owned() };
-        let volumes = BTreeMap::from([("vol1".to_owned(), Volume { id, kind, added_ms: 0 })]);
-        assert_eq!(look(root.path(), root.path(), &volumes).unreachable, BTreeMap::new());
+        let volume = directory(1, dir.path());
+        put_mark(dir.path(), &mark_of(&volume, "vol1")).unwrap();
+        let volumes = BTreeMap::from([("vol1".to_owned(), volume)]);
+        let mut looks = Looks::default();
+        assert_eq!(looks.look(root.path(), root.path(), &volumes, DEADLINE).await.unreachable, BTreeMap::new());
         assert_eq!(std::fs::read_link(root.path().join("vol1")).unwrap(), dir.path());
         std::fs::create_dir(root.path().join("other")).unwrap();
-        assert_eq!(look(root.path(), root.path(), &BTreeMap::new()).unreachable, BTreeMap::new());
+        drop_links(root.path(), &BTreeMap::new());
         assert!(!root.path().join("vol1").exists() && root.path().join("other").exists());
         std::fs::create_dir(root.path().join("vol1")).unwrap();
-        assert!(look(root.path(), root.path(), &volumes).unreachable["vol1"].contains("something else"));
+        let seen = looks.look(root.path(), root.path(), &volumes, DEADLINE).await;
+        assert!(seen.unreachable["vol1"].contains("something else"));
+    }
+
+    #[tokio::test]
+    async fn a_volume_that_hangs_is_looked_at_once_and_holds_up_no_other() {
+        let (root, hangs, works) =
+            (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let volumes = BTreeMap::from([
+            ("hangs".to_owned(), directory(1, hangs.path())),
+            ("works".to_owned(), directory(2, works.path())),
+        ]);
+        // Whoever opens this for reading waits for somebody who writes.
+        let pipe = hangs.path().join(MARK);
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        put_mark(works.path(), &mark_of(&volumes["works"], "works")).unwrap();
+        let (mut looks, within) = (Looks::default(), Duration::from_secs(2));
+        for _ in 0..2 {
+            let seen = looks.look(root.path(), root.path(), &volumes, within).await;
+            assert_eq!(seen.unreachable.keys().collect::<Vec<_>>(), ["hangs"]);
+            assert_eq!(looks.0.keys().copied().collect::<Vec<_>>(), [volumes["hangs"].id]);
+        }
+        // One mark is enough for the one look that there is.
+        let mark = serde_json::to_vec(&mark_of(&volumes["hangs"], "hangs")).unwrap();
+        tokio::task::spawn_blocking(move || std::fs::write(pipe, mark)).await.unwrap().unwrap();
+        let seen = looks.look(root.path(), root.path(), &volumes, DEADLINE).await;
+        assert_eq!(seen.unreachable, BTreeMap::new());
+        assert!(looks.0.is_empty());
     }
 }
