@@ -397,3 +397,23 @@ fn only_who_may_run_a_vm_maps_its_slabs_and_a_lost_node_s_are_free() {
     assert!(matches!(lab.ask(create(spec)), Reply::Refused(Refusal::Invalid(why)) if why.contains("san")));
     assert!(matches!(lab.ask(Command::RemoveVolume { name: "san".into() }), Reply::Refused(Refusal::Conflict(_))));
 }
+
+#[test]
+fn a_guest_that_writes_makes_nobody_forget_what_was_asked_before() {
+    let mut lab = Lab::new(1);
+    let kind = VolumeKind::Lun { device: "/dev/sdb".into(), slab_bytes: 16 << 20, slabs: 100 };
+    lab.ask(Command::AddVolume { name: "san".into(), id: Uuid::from_u128(9), kind });
+    let add = Proposal {
+        id: RequestId(Uuid::from_u128(1 << 100)),
+        at_ms: 1,
+        by: "anna".into(),
+        command: Command::AddSwitch { name: "inner".into(), kind: SwitchKind::Internal },
+    };
+    assert_eq!(lab.state.apply(&add), Reply::Done);
+    let (node, term) = (NodeId(1), lab.state.nodes[&NodeId(1)].term);
+    for _ in 0..2000 {
+        let take = Command::TakeSlabs { volume: "san".into(), node, term, known: Vec::new(), most: 1 };
+        assert_eq!(lab.ask(take), Reply::Slabs(vec![(0, 1).into()]));
+    }
+    assert_eq!(lab.state.apply(&add), Reply::Done, "applied once, and answered alike");
+}

@@ -101,10 +101,12 @@ impl ClusterState {
             Err(refusal) => Reply::Refused(refusal),
         };
         // No decision stands on who has which slab: a guest that writes must not make
-        // the coordinator decide again.
-        if !matches!(proposal.command, Command::TakeSlabs { .. } | Command::MapSlabs { .. }) {
-            self.revision += 1;
+        // the coordinator decide again. Nor is it remembered, since doing it twice does
+        // no harm: such a guest would drive out requests that are still retried.
+        if matches!(proposal.command, Command::TakeSlabs { .. } | Command::MapSlabs { .. }) {
+            return reply;
         }
+        self.revision += 1;
         self.settle_jobs(proposal.at_ms);
         self.answered.push_back((proposal.id, reply.clone()));
         while self.answered.len() > REQUESTS_KEPT {
