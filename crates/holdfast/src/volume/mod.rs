@@ -12,6 +12,8 @@ pub mod protocol;
 mod slabs;
 mod sockets;
 mod supply;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -24,6 +26,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use holdfast_core::Mapped;
 use holdfast_core::lease::BootTime;
 use holdfast_qemu::NBD_EXPORT as EXPORT;
@@ -73,9 +76,32 @@ struct Book {
     served: BTreeMap<DiskId, Served>,
     /// Numbers of the server that were used.
     numbers: u64,
-    /// Those that are open, by their volumes' identities.
-    luns: BTreeMap<Uuid, (Lun, Geometry)>,
+    /// Calls to serve a disk that are under way, by number, and were not overtaken by
+    /// one to withdraw it.
+    coming: BTreeMap<u64, DiskId>,
+    calls: u64,
+    /// By their volumes' identities.
+    luns: BTreeMap<Uuid, Arc<MaybeOpen>>,
 }
+
+impl Book {
+    /// Disks that are not served from now on, nor will be by calls that came before.
+    fn take_out(&mut self, which: impl Fn(&DiskId) -> bool) -> Vec<Served> {
+        self.coming.retain(|_, disk| !which(disk));
+        let over: Vec<DiskId> = self.served.keys().filter(|disk| which(disk)).copied().collect();
+        over.into_iter().filter_map(|disk| self.served.remove(&disk)).collect()
+    }
+}
+
+/// A call of which the part was done that has to be in order.
+enum Begun {
+    Serve(u64, Disk),
+    /// One disk, or others than some; and what was served of them.
+    Withdraw(Option<Disk>, Vec<Served>),
+}
+
+/// A LUN, once it is open. Locked while it is being opened, which may take for ever.
+type MaybeOpen = Mutex<Option<(Lun, Geometry)>>;
 
 struct Disks {
     server: Server,
@@ -138,15 +164,13 @@ fn listen_to(disks: &Arc<Disks>, stream: UnixStream) -> io::Result<()> {
         }
         match serde_json::from_slice(&line)? {
             ToServer::Answer { id, answer } => drop(disks.line.send(News::Answered { id, answer })),
-            ToServer::Call { id, call: Call::Serve(disk) } => {
-                let result = disks.serve(disk).map_err(|error| format!("{error:#}"));
-                let _ = say.send(ToAgent::Reply { id, result });
-            }
             ToServer::Call { id, call } => {
-                // What is under way may wait for an answer that is read here.
+                // What is done may wait for a LUN that hangs, or for an answer that is
+                // read here.
+                let begun = disks.begin(call);
                 let (disks, say) = (disks.clone(), say.clone());
-                std::thread::Builder::new().name("withdraw".into()).stack_size(128 << 10).spawn(move || {
-                    let result = disks.withdraw(&call).map_err(|error| format!("{error:#}"));
+                std::thread::Builder::new().name("call".into()).stack_size(256 << 10).spawn(move || {
+                    let result = disks.finish(begun).map_err(|error| format!("{error:#}"));
                     let _ = say.send(ToAgent::Reply { id, result });
                 })?;
             }
@@ -159,9 +183,47 @@ impl Disks {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn serve(&self, disk: Disk) -> anyhow::Result<()> {
+    /// What of a call has to be done in the order of calls.
+    fn begin(&self, call: Call) -> Begun {
         let mut book = self.book();
+        match call {
+            Call::Serve(disk) => {
+                book.calls += 1;
+                let number = book.calls;
+                book.coming.insert(number, disk.id());
+                Begun::Serve(number, disk)
+            }
+            Call::Withdraw(disk) => {
+                let gone = book.take_out(|id| *id == disk.id());
+                Begun::Withdraw(Some(disk), gone)
+            }
+            Call::Only(kept) => {
+                let kept: BTreeSet<_> = kept.into_iter().collect();
+                Begun::Withdraw(None, book.take_out(|id| !kept.contains(id)))
+            }
+        }
+    }
+
+    fn finish(&self, begun: Begun) -> anyhow::Result<()> {
+        match begun {
+            Begun::Serve(number, disk) => {
+                let served = self.serve(number, disk);
+                self.book().coming.remove(&number);
+                served
+            }
+            Begun::Withdraw(disk, gone) => self.withdraw(disk.as_ref(), gone),
+        }
+    }
+
+    fn serve(&self, call: u64, disk: Disk) -> anyhow::Result<()> {
         let parts: Vec<_> = disk.parts.iter().flat_map(one_by_one).collect();
+        let known = self.book().served.contains_key(&disk.id());
+        let listener = if known { None } else { Some(self.sockets.wait(&disk.socket, SOCKET_WITHIN)?) };
+        let (lun, geometry) = self.open(&disk)?;
+        let mut book = self.book();
+        if !book.coming.contains_key(&call) {
+            anyhow::bail!("the disk was withdrawn meanwhile");
+        }
         if let Some(known) = book.served.get_mut(&disk.id()) {
             if !self.server.add_parts(known.number, &parts) {
                 anyhow::bail!("the disk has other slabs here than in the cluster's state");
@@ -171,8 +233,7 @@ impl Disks {
             }
             return Ok(());
         }
-        let listener = self.sockets.wait(&disk.socket, SOCKET_WITHIN)?;
-        let (lun, geometry) = self.open(&mut book, &disk)?;
+        let listener = listener.context("the disk is not served any more")?;
         let right = Arc::new(self.right(disk.may_write));
         let on_lun = LunDisk { name: EXPORT.into(), lun, geometry, bytes: disk.bytes, read_only: false, parts };
         let slabs = Slabs { volume: disk.volume_id, disk: disk.id(), line: self.line.clone() };
@@ -189,8 +250,10 @@ impl Disks {
     }
 
     /// Opens the LUN that a disk is on, unless it is open.
-    fn open(&self, book: &mut Book, disk: &Disk) -> anyhow::Result<(Lun, Geometry)> {
-        if let Some((lun, geometry)) = book.luns.get(&disk.volume_id) {
+    fn open(&self, disk: &Disk) -> anyhow::Result<(Lun, Geometry)> {
+        let place = self.book().luns.entry(disk.volume_id).or_default().clone();
+        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((lun, geometry)) = &*place {
             return Ok((lun.clone(), *geometry));
         }
         let lun = Lun::open(&disk.device)?;
@@ -208,28 +271,11 @@ impl Disks {
         let (volume, name) = (disk.volume_id, disk.volume.clone());
         let lease = Arc::new(self.right(true));
         let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry, lease });
-        book.luns.insert(volume, (lun.clone(), geometry));
+        *place = Some((lun.clone(), geometry));
         Ok((lun, geometry))
     }
 
-    fn withdraw(&self, call: &Call) -> anyhow::Result<()> {
-        let gone: Vec<Served> = {
-            let mut book = self.book();
-            let over: Vec<DiskId> = match call {
-                Call::Withdraw(disk) => {
-                    // An earlier life may have served it: once the LUN is held here,
-                    // nothing of that is under way.
-                    self.open(&mut book, disk)?;
-                    vec![disk.id()]
-                }
-                Call::Only(kept) => {
-                    let kept: BTreeSet<_> = kept.iter().copied().collect();
-                    book.served.keys().filter(|disk| !kept.contains(disk)).copied().collect()
-                }
-                Call::Serve(_) => Vec::new(),
-            };
-            over.into_iter().filter_map(|disk| book.served.remove(&disk)).collect()
-        };
+    fn withdraw(&self, disk: Option<&Disk>, gone: Vec<Served>) -> anyhow::Result<()> {
         let mut stuck = Vec::new();
         for served in gone {
             served.right.given.store(false, Ordering::Release);
@@ -242,6 +288,11 @@ impl Disks {
             // The next life waits for it before it does anything.
             tracing::error!(?stuck, "I/O of disks that nobody uses does not end: this process does");
             std::process::abort();
+        }
+        if let Some(disk) = disk {
+            // An earlier life may have served it: once the LUN is held here, nothing of
+            // that is under way.
+            self.open(disk)?;
         }
         Ok(())
     }

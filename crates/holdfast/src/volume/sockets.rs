@@ -41,13 +41,17 @@ impl Sockets {
                 // The first byte says only that there is a message.
                 let paths =
                     bytes[1..length].split(|byte| *byte == b'\n').map(|path| Path::new(OsStr::from_bytes(path)));
-                let mut come = theirs.come.lock().unwrap_or_else(PoisonError::into_inner);
-                come.extend(paths.zip(fds).map(|(path, fd)| (path.to_owned(), fd.into())));
-                theirs.more.notify_all();
+                paths.zip(fds).for_each(|(path, fd)| theirs.put(path.to_owned(), fd.into()));
             }
             std::process::exit(0);
         })?;
         Ok((lease, sockets))
+    }
+
+    /// A socket has come.
+    pub fn put(&self, path: PathBuf, socket: UnixListener) {
+        self.come.lock().unwrap_or_else(PoisonError::into_inner).insert(path, socket);
+        self.more.notify_all();
     }
 
     /// The socket at a path, once it has come.
