@@ -27,6 +27,9 @@ pub enum News {
     Wanted { volume: Uuid, disk: DiskId, parts: Range<u32>, grant: Grant },
     /// A slab was zeroed, or could not be.
     Wiped { volume: Uuid, slab: u32, done: bool },
+    /// Slabs are parts of a disk that is to be served: `ready` hears of it when none of
+    /// them is being zeroed, nor will be.
+    InUse { volume: Uuid, slabs: Vec<u32>, ready: Sender<()> },
     /// The cluster answered.
     Answered { id: u64, answer: Answer },
     /// An agent has come: it gets all questions from now on.
@@ -59,6 +62,8 @@ impl Allocator for Slabs {
 struct Pool {
     supply: Supply<Grant>,
     wiper: Sender<u32>,
+    /// Who waits for the end of the wipe that is under way.
+    ready: Vec<Sender<()>>,
 }
 
 /// Gets slabs, for ever.
@@ -70,7 +75,8 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
         match news {
             News::Opened { volume, name, lun, geometry, lease } => {
                 let wiper = start_wiper(volume, lun, geometry, lease, line.clone());
-                pools.insert(volume, Pool { supply: Supply::new(&name, geometry.slab_bytes), wiper });
+                let supply = Supply::new(&name, geometry.slab_bytes);
+                pools.insert(volume, Pool { supply, wiper, ready: Vec::new() });
             }
             News::Wanted { volume, disk, parts, grant } => {
                 if let Some(pool) = pools.get_mut(&volume) {
@@ -80,6 +86,19 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
             News::Wiped { volume, slab, done } => {
                 if let Some(pool) = pools.get_mut(&volume) {
                     pool.supply.wiped(slab, done, &mut todo);
+                    for ready in pool.ready.drain(..) {
+                        let _ = ready.send(());
+                    }
+                }
+            }
+            News::InUse { volume, slabs, ready } => {
+                let Some(pool) = pools.get_mut(&volume) else { continue };
+                // All of them are to be known.
+                let busy = slabs.into_iter().filter(|slab| pool.supply.in_use(*slab)).count();
+                if busy > 0 {
+                    pool.ready.push(ready);
+                } else {
+                    let _ = ready.send(());
                 }
             }
             News::Answered { id, answer } => {

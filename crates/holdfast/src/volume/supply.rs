@@ -56,6 +56,12 @@ pub struct Supply<G> {
     taking: Option<(u64, Ask)>,
     /// Given once a slab among theirs is not being wiped any more.
     held: Vec<(u32, G, Vec<Mapped>)>,
+    /// The slab that is being wiped was seen in use meanwhile.
+    wiping_is_used: bool,
+    /// Slabs that were seen in use, with the last question at that time: an answer to
+    /// that one or an earlier one may come late and still say that they are ours.
+    used: BTreeMap<u32, u64>,
+    last: u64,
     /// How many slabs are kept ahead, and how many at most.
     ahead: (u32, u32),
     /// The cluster had fewer than it was asked for last: nothing is kept ahead.
@@ -77,6 +83,9 @@ impl<G> Supply<G> {
             mapping: BTreeMap::new(),
             taking: None,
             held: Vec::new(),
+            wiping_is_used: false,
+            used: BTreeMap::new(),
+            last: 0,
             ahead: (slabs(AHEAD_BYTES.0, AHEAD_SLABS.0), slabs(AHEAD_BYTES.1, AHEAD_SLABS.1)),
             scarce: false,
             empty: false,
@@ -106,8 +115,10 @@ impl<G> Supply<G> {
                 self.scarce = matches!(ask, Ask::Take { most, .. } if given < most);
                 self.empty = given == 0;
                 for slab in slabs.iter().flat_map(|run| run.first..run.end()) {
-                    self.forget(slab);
-                    self.to_wipe.push_back(slab);
+                    if self.was_ours(id, slab) {
+                        self.forget(slab);
+                        self.to_wipe.push_back(slab);
+                    }
                 }
             }
             return true;
@@ -123,16 +134,14 @@ impl<G> Supply<G> {
         };
         for offer in &wanted {
             // What was not needed is still ours; what is nowhere is not.
-            if slab_of(offer.part).is_some_and(|slab| slab != offer.slab) {
+            if slab_of(offer.part).is_some_and(|slab| slab != offer.slab) && self.was_ours(id, offer.slab) {
                 self.wiped.insert(offer.slab);
             }
         }
         let mut busy = None;
         for slab in found.iter().flat_map(|run| run.slab..run.slab + run.count) {
-            if self.wiping == Some(slab) {
+            if self.in_use(slab) {
                 busy = Some(slab);
-            } else {
-                self.forget(slab);
             }
         }
         match busy {
@@ -141,6 +150,21 @@ impl<G> Supply<G> {
             None => todo.push(Todo::Give(writer.grant, found.clone())),
         }
         true
+    }
+
+    /// A slab is part of a disk: it is neither wiped nor offered any more. `true` if it
+    /// is being wiped right now: nobody may write to it before that is over.
+    pub fn in_use(&mut self, slab: u32) -> bool {
+        self.forget(slab);
+        self.used.insert(slab, self.last);
+        let busy = self.wiping == Some(slab);
+        self.wiping_is_used |= busy;
+        busy
+    }
+
+    /// Whether nobody was seen to use a slab since a question was asked.
+    fn was_ours(&self, id: u64, slab: u32) -> bool {
+        self.used.get(&slab).is_none_or(|last| *last < id)
     }
 
     fn forget(&mut self, slab: u32) {
@@ -154,7 +178,7 @@ impl<G> Supply<G> {
         let (ready, held) = std::mem::take(&mut self.held).into_iter().partition(|(busy, ..)| *busy == slab);
         self.held = held;
         let ready: Vec<_> = ready;
-        if ready.is_empty() {
+        if !std::mem::take(&mut self.wiping_is_used) {
             match done {
                 true => drop(self.wiped.insert(slab)),
                 false => self.to_wipe.push_back(slab),
@@ -165,6 +189,8 @@ impl<G> Supply<G> {
 
     /// Everything that can be done now. `number` numbers questions.
     pub fn go_on(&mut self, number: &mut u64, todo: &mut Vec<Todo<G>>) {
+        let oldest = self.taking.iter().map(|(id, _)| *id).chain(self.mapping.keys().copied()).min();
+        self.used.retain(|_, last| oldest.is_some_and(|oldest| *last >= oldest));
         while let Some(writer) = self.waiting.front()
             && !self.wiped.is_empty()
         {
@@ -175,6 +201,7 @@ impl<G> Supply<G> {
             let offers = writer.parts.iter().zip(slabs);
             let wanted = offers.map(|(part, slab)| Mapped { part: *part, slab, count: 1 }).collect();
             *number += 1;
+            self.last = *number;
             let ask = Ask::Map { disk: writer.disk, wanted };
             todo.push(Todo::Ask(*number, ask.clone()));
             self.mapping.insert(*number, (ask, writer));
@@ -195,6 +222,7 @@ impl<G> Supply<G> {
         let most = wanted.saturating_sub(on_the_way + self.wiped.len());
         if most > 0 && self.taking.is_none() && !self.empty {
             *number += 1;
+            self.last = *number;
             let ask = Ask::Take { volume: self.volume.clone(), known: self.known(), most: most as u32 };
             todo.push(Todo::Ask(*number, ask.clone()));
             self.taking = Some((*number, ask));
@@ -246,6 +274,8 @@ mod tests {
         zero: Vec<bool>,
         /// Parts that were given to a writer, which wrote there.
         written: BTreeMap<u32, u32>,
+        /// Parts of the disk that is to be served once no slab of it is being wiped.
+        to_serve: Option<Vec<(u32, u32)>>,
     }
 
     impl World {
@@ -262,6 +292,7 @@ mod tests {
                 wiping: Vec::new(),
                 zero: vec![false; slabs as usize],
                 written: BTreeMap::new(),
+                to_serve: None,
             }
         }
 
@@ -276,22 +307,26 @@ mod tests {
                         self.wiping.push(slab);
                     }
                     Todo::Give(_, found) => {
-                        for (part, slab) in
-                            found.iter().flat_map(|run| (0..run.count).map(|step| (run.part + step, run.slab + step)))
-                        {
-                            let known = self.written.contains_key(&part);
-                            assert!(
-                                known || self.zero[slab as usize],
-                                "part {part} is given slab {slab}, which is not zeroed"
-                            );
-                            assert!(!self.wiping.contains(&slab), "slab {slab} is given and being wiped");
-                            assert_eq!(self.lun.files["disk"].slab(part), Some(slab));
-                            self.written.insert(part, slab);
-                            self.zero[slab as usize] = false;
-                        }
+                        one_by_one(&found).for_each(|(part, slab)| self.write(part, slab));
                     }
                     Todo::Later(_) | Todo::NoSpace(_) => {}
                 }
+            }
+        }
+
+        /// A guest writes to a part from now on.
+        fn write(&mut self, part: u32, slab: u32) {
+            let known = self.written.contains_key(&part);
+            assert!(known || self.zero[slab as usize], "part {part} is given slab {slab}, which is not zeroed");
+            assert!(!self.wiping.contains(&slab), "slab {slab} is given and being wiped");
+            assert_eq!(self.lun.files["disk"].slab(part), Some(slab));
+            self.written.insert(part, slab);
+            self.zero[slab as usize] = false;
+        }
+
+        fn serve(&mut self) {
+            for (part, slab) in self.to_serve.take().into_iter().flatten() {
+                self.write(part, slab);
             }
         }
 
@@ -334,11 +369,21 @@ mod tests {
                     if let Some(slab) = self.wiping.pop() {
                         self.zero[slab as usize] = true;
                         self.supply.wiped(slab, done, &mut self.todo);
+                        self.serve();
+                    }
+                }
+                Step::Serve => {
+                    let parts: Vec<_> = one_by_one(&self.lun.files["disk"].parts).collect();
+                    let busy = parts.iter().filter(|(_, slab)| self.supply.in_use(*slab)).count();
+                    self.to_serve = Some(parts);
+                    if busy == 0 {
+                        self.serve();
                     }
                 }
                 Step::Restart => {
                     // A process that is gone wipes nothing any more.
                     (self.supply, self.wiping) = (Supply::new("san", SLAB), Vec::new());
+                    self.to_serve = None;
                     self.answers.clear();
                     self.asked =
                         std::mem::take(&mut self.asked).into_iter().map(|(id, ask)| (u64::MAX - id, ask)).collect();
@@ -356,7 +401,12 @@ mod tests {
         GiveUp(usize),
         Hear(usize),
         Wiped(bool),
+        Serve,
         Restart,
+    }
+
+    fn one_by_one(runs: &[Mapped]) -> impl Iterator<Item = (u32, u32)> {
+        runs.iter().flat_map(|run| (0..run.count).map(|step| (run.part + step, run.slab + step)))
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -367,6 +417,7 @@ mod tests {
             1 => any::<usize>().prop_map(Step::GiveUp),
             6 => any::<usize>().prop_map(Step::Hear),
             6 => (0..10u8).prop_map(|one| Step::Wiped(one > 0)),
+            2 => Just(Step::Serve),
             1 => Just(Step::Restart),
         ]
     }
@@ -401,6 +452,66 @@ mod tests {
             }
         }
         panic!("nobody said that there is no space");
+    }
+
+    /// The first of what was asked of this kind.
+    fn asked(world: &World, take: bool) -> usize {
+        world.asked.iter().position(|(_, ask)| matches!(ask, Ask::Take { .. }) == take).unwrap()
+    }
+
+    /// A world with a slab that is wiped and offered to part 0, by a question that nobody
+    /// knows the fate of.
+    fn offered() -> World {
+        let mut world = World::new(1);
+        world.step(&Step::Want(0, 1));
+        [Step::Decide(0), Step::Hear(0), Step::Wiped(true)].iter().for_each(|step| world.step(step));
+        let map = asked(&world, false);
+        world.asked.swap(0, map);
+        world.asked.truncate(1);
+        world
+    }
+
+    #[test]
+    fn a_slab_that_a_disk_is_served_with_is_not_wiped() {
+        for wiping in [false, true] {
+            let mut world = offered();
+            world.step(&Step::Restart);
+            // Still ours.
+            let take = asked(&world, true);
+            world.step(&Step::Decide(take));
+            if wiping {
+                world.step(&Step::Hear(0));
+                assert_eq!(world.wiping, [0]);
+            }
+            // And then it is not.
+            let map = asked(&world, false);
+            world.step(&Step::Decide(map));
+            world.step(&Step::Serve);
+            assert_eq!(world.written.is_empty(), wiping, "it waits for the end of the wipe");
+            (0..10).for_each(|_| world.step(&Step::Hear(0)));
+            world.step(&Step::Wiped(true));
+            assert_eq!(world.written, [(0, 0)].into());
+            assert!(world.wiping.is_empty() && world.supply.known().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_slab_is_not_wiped_because_an_answer_came_late() {
+        let mut world = offered();
+        let (id, map) = world.asked.remove(0);
+        world.asked.push((u64::MAX - id, map));
+        world.answers = vec![(id, Answer::Unknown)];
+        world.step(&Step::Hear(0));
+        world.step(&Step::Want(0, 1));
+        let take = asked(&world, true);
+        world.step(&Step::Decide(take));
+        let ours = Answer::Slabs(vec![Slabs { first: 0, count: 1 }]);
+        assert!(world.answers.iter().any(|(_, answer)| *answer == ours));
+        let map = asked(&world, false);
+        world.step(&Step::Decide(map));
+        world.step(&Step::Serve);
+        (0..10).for_each(|_| world.step(&Step::Hear(0)));
+        assert!(world.wiping.is_empty() && world.supply.known().is_empty());
     }
 
     proptest! {
