@@ -78,20 +78,36 @@ struct Book {
     served: BTreeMap<DiskId, Served>,
     /// Numbers of the server that were used.
     numbers: u64,
-    /// Calls to serve a disk that are under way, by number, and were not overtaken by
-    /// one to withdraw it.
-    coming: BTreeMap<u64, DiskId>,
+    /// By their numbers.
+    under_way: BTreeMap<u64, UnderWay>,
     calls: u64,
-    /// By their volumes' identities.
+    /// By their volumes' identities; only those of disks that are served, and of calls
+    /// that are under way.
     luns: BTreeMap<Uuid, Arc<MaybeOpen>>,
+}
+
+/// A call for a disk.
+struct UnderWay {
+    volume: Uuid,
+    /// It is to be served, and no later call was to withdraw it.
+    serves: Option<DiskId>,
 }
 
 impl Book {
     /// Disks that are not served from now on, nor will be by calls that came before.
     fn take_out(&mut self, which: impl Fn(&DiskId) -> bool) -> Vec<Served> {
-        self.coming.retain(|_, disk| !which(disk));
+        for call in self.under_way.values_mut() {
+            call.serves.take_if(|disk| which(disk));
+        }
         let over: Vec<DiskId> = self.served.keys().filter(|disk| which(disk)).copied().collect();
         over.into_iter().filter_map(|disk| self.served.remove(&disk)).collect()
+    }
+
+    fn begin(&mut self, disk: &Disk, serves: bool) -> u64 {
+        self.calls += 1;
+        let serves = serves.then(|| disk.id());
+        self.under_way.insert(self.calls, UnderWay { volume: disk.volume_id, serves });
+        self.calls
     }
 }
 
@@ -99,11 +115,18 @@ impl Book {
 enum Begun {
     Serve(u64, Disk),
     /// One disk, or others than some; and what was served of them.
-    Withdraw(Option<Disk>, Vec<Served>),
+    Withdraw(Option<(u64, Disk)>, Vec<Served>),
 }
 
 /// A LUN, once it is open. Locked while it is being opened, which may take for ever.
-type MaybeOpen = Mutex<Option<(Lun, Geometry)>>;
+type MaybeOpen = Mutex<Option<Opened>>;
+
+struct Opened {
+    lun: Lun,
+    geometry: Geometry,
+    /// What slabs are zeroed under.
+    wipes: Arc<Right>,
+}
 
 struct Disks {
     server: Server,
@@ -190,14 +213,13 @@ impl Disks {
         let mut book = self.book();
         match call {
             Call::Serve(disk) => {
-                book.calls += 1;
-                let number = book.calls;
-                book.coming.insert(number, disk.id());
+                let number = book.begin(&disk, true);
                 Begun::Serve(number, disk)
             }
             Call::Withdraw(disk) => {
                 let gone = book.take_out(|id| *id == disk.id());
-                Begun::Withdraw(Some(disk), gone)
+                let number = book.begin(&disk, false);
+                Begun::Withdraw(Some((number, disk)), gone)
             }
             Call::Only(kept) => {
                 let kept: BTreeSet<_> = kept.into_iter().collect();
@@ -207,14 +229,34 @@ impl Disks {
     }
 
     fn finish(&self, begun: Begun) -> anyhow::Result<()> {
-        match begun {
-            Begun::Serve(number, disk) => {
-                let served = self.serve(number, disk);
-                self.book().coming.remove(&number);
-                served
-            }
-            Begun::Withdraw(disk, gone) => self.withdraw(disk.as_ref(), gone),
+        let (number, done) = match begun {
+            Begun::Serve(number, disk) => (Some(number), self.serve(number, disk)),
+            Begun::Withdraw(None, gone) => (None, self.withdraw(None, gone)),
+            Begun::Withdraw(Some((number, disk)), gone) => (Some(number), self.withdraw(Some(&disk), gone)),
+        };
+        let mut book = self.book();
+        if let Some(number) = number {
+            book.under_way.remove(&number);
         }
+        self.close_unused(&mut book);
+        done
+    }
+
+    /// Lets go of LUNs that nobody needs here: somebody may want to remove them.
+    fn close_unused(&self, book: &mut Book) {
+        let Book { served, under_way, luns, .. } = book;
+        let served = served.values().map(|served| served.order.volume_id);
+        let used: BTreeSet<Uuid> = served.chain(under_way.values().map(|call| call.volume)).collect();
+        luns.retain(|volume, place| {
+            // Whoever opens it, and keeps it locked, is under way.
+            if !used.contains(volume)
+                && let Some(opened) = place.lock().unwrap_or_else(PoisonError::into_inner).take()
+            {
+                opened.wipes.given.store(false, Ordering::Release);
+                let _ = self.line.send(News::Closed { volume: *volume });
+            }
+            used.contains(volume)
+        });
     }
 
     fn serve(&self, call: u64, disk: Disk) -> anyhow::Result<()> {
@@ -224,7 +266,7 @@ impl Disks {
         let (lun, geometry) = self.open(&disk)?;
         self.keep_from_wiper(&disk, parts.iter().map(|(_, slab)| *slab).collect())?;
         let mut book = self.book();
-        if !book.coming.contains_key(&call) {
+        if book.under_way.get(&call).is_none_or(|call| call.serves.is_none()) {
             anyhow::bail!("the disk was withdrawn meanwhile");
         }
         if let Some(known) = book.served.get_mut(&disk.id()) {
@@ -265,7 +307,7 @@ impl Disks {
     fn open(&self, disk: &Disk) -> anyhow::Result<(Lun, Geometry)> {
         let place = self.book().luns.entry(disk.volume_id).or_default().clone();
         let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((lun, geometry)) = &*place {
+        if let Some(Opened { lun, geometry, .. }) = &*place {
             return Ok((lun.clone(), *geometry));
         }
         let lun = Lun::open(&disk.device)?;
@@ -281,9 +323,9 @@ impl Disks {
             anyhow::bail!("{} holds another volume, {:?}", disk.device.display(), identity.name);
         }
         let (volume, name) = (disk.volume_id, disk.volume.clone());
-        let lease = Arc::new(self.right(true));
-        let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry, lease });
-        *place = Some((lun.clone(), geometry));
+        let wipes = Arc::new(self.right(true));
+        let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry, lease: wipes.clone() });
+        *place = Some(Opened { lun: lun.clone(), geometry, wipes });
         Ok((lun, geometry))
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Duration;
 
 use holdfast_core::Mapped;
@@ -23,6 +23,8 @@ const LEASE_AGAIN: Duration = Duration::from_millis(5);
 pub enum News {
     /// A LUN was opened.
     Opened { volume: Uuid, name: String, lun: Lun, geometry: Geometry, lease: Arc<dyn Fence> },
+    /// It is not needed here any more.
+    Closed { volume: Uuid },
     /// A writer needs slabs.
     Wanted { volume: Uuid, disk: DiskId, parts: Range<u32>, grant: Grant },
     /// A slab was zeroed, or could not be.
@@ -61,7 +63,8 @@ impl Allocator for Slabs {
 
 struct Pool {
     supply: Supply<Grant>,
-    wiper: Sender<u32>,
+    /// While the LUN is open.
+    wiper: Option<Sender<u32>>,
     /// Who waits for the end of the wipe that is under way.
     ready: Vec<Sender<()>>,
 }
@@ -75,8 +78,17 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
         match news {
             News::Opened { volume, name, lun, geometry, lease } => {
                 let wiper = start_wiper(volume, lun, geometry, lease, line.clone());
-                let supply = Supply::new(&name, geometry.slab_bytes);
-                pools.insert(volume, Pool { supply, wiper, ready: Vec::new() });
+                let supply = || Supply::new(&name, geometry.slab_bytes);
+                let pool = || Pool { supply: supply(), wiper: None, ready: Vec::new() };
+                pools.entry(volume).or_insert_with(pool).wiper = Some(wiper);
+            }
+            News::Closed { volume } => {
+                // What it knows of slabs stays: they are the node's, and what was asked
+                // for is still to be answered.
+                if let Some(pool) = pools.get_mut(&volume) {
+                    pool.wiper = None;
+                    pool.supply.nobody_waits(&mut todo);
+                }
             }
             News::Wanted { volume, disk, parts, grant } => {
                 if let Some(pool) = pools.get_mut(&volume) {
@@ -111,7 +123,9 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
             }
         }
         for pool in pools.values_mut() {
-            pool.supply.go_on(&mut number, &mut todo);
+            if pool.wiper.is_some() {
+                pool.supply.go_on(&mut number, &mut todo);
+            }
             for todo in todo.drain(..) {
                 act(todo, pool, agent.as_ref());
             }
@@ -123,7 +137,7 @@ fn act(todo: Todo<Grant>, pool: &Pool, agent: Option<&Sender<ToAgent>>) {
     match todo {
         // Whoever comes next as an agent gets the open questions.
         Todo::Ask(id, ask) => drop(agent.map(|agent| agent.send(ToAgent::Ask { id, ask }))),
-        Todo::Wipe(slab) => drop(pool.wiper.send(slab)),
+        Todo::Wipe(slab) => drop(pool.wiper.as_ref().map(|wiper| wiper.send(slab))),
         Todo::Give(grant, found) => {
             let one_by_one = |run: Mapped| (0..run.count).map(move |step| (run.part + step, run.slab + step));
             grant.give(&found.into_iter().flat_map(one_by_one).collect::<Vec<_>>());
@@ -143,6 +157,9 @@ fn start_wiper(volume: Uuid, lun: Lun, geometry: Geometry, lease: Arc<dyn Fence>
         while let Ok(slab) = orders.recv() {
             let wiped = loop {
                 match lun.wipe_while(geometry.slab(slab), geometry.slab_bytes, &*lease) {
+                    // Nobody needs it any more. There is never a second order before the
+                    // first was reported.
+                    Ok(false) if orders.try_recv() == Err(TryRecvError::Disconnected) => break Ok(false),
                     // A lease that is over never opens it again, and then the keeper ends
                     // this process.
                     Ok(false) => std::thread::sleep(LEASE_AGAIN),
@@ -153,7 +170,7 @@ fn start_wiper(volume: Uuid, lun: Lun, geometry: Geometry, lease: Arc<dyn Fence>
                 tracing::warn!(%volume, slab, %error, "a slab cannot be zeroed: it is tried again");
                 std::thread::sleep(WIPE_AGAIN);
             }
-            let _ = line.send(News::Wiped { volume, slab, done: wiped.is_ok() });
+            let _ = line.send(News::Wiped { volume, slab, done: matches!(wiped, Ok(true)) });
         }
     };
     if let Err(error) = std::thread::Builder::new().name(name).stack_size(128 << 10).spawn(body) {
@@ -183,6 +200,37 @@ mod tests {
             let _ = self.asked.lock().unwrap().send(());
             open
         }
+    }
+
+    #[test]
+    fn a_lun_that_is_closed_is_let_go_of_and_nothing_on_it_is_zeroed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lun");
+        std::fs::write(&path, vec![7; 64 << 20]).unwrap();
+        let lun = Lun::open(&path).unwrap();
+        let geometry = Geometry::of(lun.bytes(), Some(16 << 20)).unwrap();
+        let ((asked, questions), (line, inbox), (say, words)) = (channel(), channel(), channel());
+        let gate = Arc::new(Gate { open: false.into(), asked: Mutex::new(asked) });
+        let theirs = line.clone();
+        std::thread::spawn(move || run(&inbox, &theirs));
+        let volume = Uuid::nil();
+        let opened = |lun| News::Opened { volume, name: "san".into(), lun, geometry, lease: gate.clone() };
+        assert!(lun.hold(Duration::ZERO).unwrap());
+        line.send(News::Agent(say)).unwrap();
+        line.send(opened(lun)).unwrap();
+        let ToAgent::Ask { id, .. } = words.recv().unwrap() else { panic!("it asks") };
+        let answer = Answer::Slabs(vec![holdfast_core::Slabs { first: 0, count: 1 }]);
+        line.send(News::Answered { id, answer }).unwrap();
+        // It is about to be zeroed.
+        questions.recv().unwrap();
+        line.send(News::Closed { volume }).unwrap();
+        let again = Lun::open(&path).unwrap();
+        assert!(again.hold(Duration::from_secs(60)).unwrap());
+        while questions.try_recv().is_ok() {}
+        assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
+        // The slab is the node's still, and goes on where it was.
+        line.send(opened(again)).unwrap();
+        questions.recv().unwrap();
     }
 
     #[test]

@@ -102,6 +102,11 @@ impl<G> Supply<G> {
         self.waiting.push_back(Writer { disk, parts, grant });
     }
 
+    /// Those who wait for slabs are not served any more.
+    pub fn nobody_waits(&mut self, todo: &mut Vec<Todo<G>>) {
+        todo.extend(self.waiting.drain(..).map(|writer| Todo::Later(writer.grant)));
+    }
+
     /// The questions that have no answer yet: for an agent that has just come.
     pub fn open_questions(&self) -> Vec<(u64, Ask)> {
         self.taking.iter().cloned().chain(self.mapping.iter().map(|(id, (ask, _))| (*id, ask.clone()))).collect()

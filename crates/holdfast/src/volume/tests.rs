@@ -78,3 +78,19 @@ fn a_lun_that_hangs_stops_no_other_and_a_withdrawal_overtakes_what_waits_for_it(
     world.call(Call::Serve(hangs.clone())).unwrap();
     assert_eq!(world.served(), [hangs.id(), other.id()]);
 }
+
+#[test]
+fn a_lun_is_let_go_of_with_its_last_disk() {
+    let world = World::new();
+    let disk = world.disk(1);
+    let later = Disk { tenure: Tenure { epoch: Epoch(2), ..disk.tenure }, ..disk.clone() };
+    world.call(Call::Serve(disk.clone())).unwrap();
+    world.call(Call::Serve(later.clone())).unwrap();
+    world.call(Call::Withdraw(disk.clone())).unwrap();
+    assert_eq!(world.disks.book().luns.len(), 1);
+    world.call(Call::Only(Vec::new())).unwrap();
+    assert!(world.disks.book().luns.is_empty());
+    // One that was never served here is not kept open either.
+    world.call(Call::Withdraw(later)).unwrap();
+    assert!(world.disks.book().luns.is_empty());
+}
