@@ -44,8 +44,10 @@ impl Planner<'_> {
         // One that cannot use the disk is named when nobody can; asking again is no use.
         let strayed = witness.hosted_by.is_some_and(|by| by != host) && !unfit.contains(&host);
         // Whoever should have it was silent when another took over, and may be dead:
-        // giving it back at once would give the majority away with it.
-        let long_ago = |at_ms: u64| self.now_ms.abs_diff(at_ms) >= BACK_AFTER_MS;
+        // giving it back at once would give the majority away with it. Each time that
+        // comes to nothing, as with a disk that nobody can use, it waits twice as long.
+        let asked_for_ms = witness.decided_ms.saturating_sub(witness.hosted_ms);
+        let long_ago = |at_ms: u64| self.now_ms.abs_diff(at_ms) >= BACK_AFTER_MS.max(asked_for_ms);
         let back = strayed && long_ago(witness.decided_ms) && long_ago(witness.hosted_ms);
         if witness.host != Some(host) || back {
             let cause = match host == attendance.coordinator {
@@ -120,6 +122,21 @@ mod tests {
         assert_eq!(actions(&state, &observed, now_ms + BACK_AFTER_MS - 1), []);
         let back = Action::SeatWitness { host: TWO };
         assert_eq!(actions(&state, &observed, now_ms + BACK_AFTER_MS), [back]);
+    }
+
+    #[test]
+    fn who_does_not_take_it_is_asked_more_and_more_seldom() {
+        let mut state = hosted_by(ONE);
+        let observed = observed(ONE, &[TWO]);
+        let mut asked = Vec::new();
+        for now_ms in (0..1_000_000).step_by(1_000) {
+            for decision in plan(&state, &observed, now_ms).decisions {
+                assert_eq!(decision.action, Action::SeatWitness { host: TWO });
+                state.decide(now_ms, &decision);
+                asked.push(now_ms / 1_000);
+            }
+        }
+        assert_eq!(asked, [0, 10, 20, 40, 80, 160, 320, 640]);
     }
 
     #[test]
