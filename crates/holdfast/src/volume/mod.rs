@@ -22,7 +22,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +81,8 @@ struct Book {
     /// By their numbers.
     under_way: BTreeMap<u64, UnderWay>,
     calls: u64,
+    /// Hears of the end of the last withdrawal that was begun.
+    withdrawal: Option<Receiver<()>>,
     /// By their volumes' identities; only those of disks that are served, and of calls
     /// that are under way.
     luns: BTreeMap<Uuid, Arc<MaybeOpen>>,
@@ -95,12 +97,14 @@ struct UnderWay {
 
 impl Book {
     /// Disks that are not served from now on, nor will be by calls that came before.
-    fn take_out(&mut self, which: impl Fn(&DiskId) -> bool) -> Vec<Served> {
+    fn take_out(&mut self, which: impl Fn(&DiskId) -> bool) -> Withdrawal {
         for call in self.under_way.values_mut() {
             call.serves.take_if(|disk| which(disk));
         }
         let over: Vec<DiskId> = self.served.keys().filter(|disk| which(disk)).copied().collect();
-        over.into_iter().filter_map(|disk| self.served.remove(&disk)).collect()
+        let gone = over.into_iter().filter_map(|disk| self.served.remove(&disk)).collect();
+        let (over, heard) = channel();
+        Withdrawal { gone, before: self.withdrawal.replace(heard), over }
     }
 
     fn begin(&mut self, disk: &Disk, serves: bool) -> u64 {
@@ -115,7 +119,16 @@ impl Book {
 enum Begun {
     Serve(u64, Disk),
     /// One disk, or others than some; and what was served of them.
-    Withdraw(Option<(u64, Disk)>, Vec<Served>),
+    Withdraw(Option<(u64, Disk)>, Withdrawal),
+}
+
+/// Disks that are to be withdrawn.
+struct Withdrawal {
+    gone: Vec<Served>,
+    /// The one before this: it may be about the same disk, whose I/O is under way still.
+    before: Option<Receiver<()>>,
+    /// Dropped at the end of this one.
+    over: Sender<()>,
 }
 
 /// A LUN, once it is open. Locked while it is being opened, which may take for ever.
@@ -194,10 +207,15 @@ fn listen_to(disks: &Arc<Disks>, stream: UnixStream) -> io::Result<()> {
                 // read here.
                 let begun = disks.begin(call);
                 let (disks, say) = (disks.clone(), say.clone());
-                std::thread::Builder::new().name("call".into()).stack_size(256 << 10).spawn(move || {
+                let body = move || {
                     let result = disks.finish(begun).map_err(|error| format!("{error:#}"));
                     let _ = say.send(ToAgent::Reply { id, result });
-                })?;
+                };
+                if let Err(error) = std::thread::Builder::new().name("call".into()).stack_size(256 << 10).spawn(body) {
+                    // Disks are half withdrawn: the next life waits for their I/O.
+                    tracing::error!(%error, "there can be no thread for a call");
+                    std::process::abort();
+                }
             }
         }
     }
@@ -329,7 +347,7 @@ impl Disks {
         Ok((lun, geometry))
     }
 
-    fn withdraw(&self, disk: Option<&Disk>, gone: Vec<Served>) -> anyhow::Result<()> {
+    fn withdraw(&self, disk: Option<&Disk>, Withdrawal { gone, before, over }: Withdrawal) -> anyhow::Result<()> {
         let mut stuck = Vec::new();
         for served in gone {
             served.right.given.store(false, Ordering::Release);
@@ -343,6 +361,10 @@ impl Disks {
             tracing::error!(?stuck, "I/O of disks that nobody uses does not end: this process does");
             std::process::abort();
         }
+        if let Some(before) = before {
+            let _ = before.recv();
+        }
+        drop(over);
         if let Some(disk) = disk {
             // An earlier life may have served it: once the LUN is held here, nothing of
             // that is under way.

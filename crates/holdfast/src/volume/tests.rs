@@ -94,3 +94,27 @@ fn a_lun_is_let_go_of_with_its_last_disk() {
     world.call(Call::Withdraw(later)).unwrap();
     assert!(world.disks.book().luns.is_empty());
 }
+
+#[test]
+fn a_disk_is_not_said_to_be_withdrawn_while_an_earlier_call_withdraws_it() {
+    let world = World::new();
+    let (one, other) = (world.disk(1), world.disk(2));
+    for (disk, later) in [(one.clone(), Call::Withdraw(one)), (other, Call::Only(Vec::new()))] {
+        world.call(Call::Serve(disk.clone())).unwrap();
+        let number = world.disks.book().served[&disk.id()].number;
+        let first = world.disks.begin(Call::Withdraw(disk.clone()));
+        let second = world.disks.begin(later);
+        let (started, start) = channel();
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| {
+                started.send(()).unwrap();
+                world.disks.finish(second).unwrap();
+                assert!(world.disks.server.counters(number).is_none());
+            });
+            start.recv().unwrap();
+            (0..1000).for_each(|_| std::thread::yield_now());
+            world.disks.finish(first).unwrap();
+            second.join().unwrap();
+        });
+    }
+}
