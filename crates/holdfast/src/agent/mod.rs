@@ -151,6 +151,14 @@ impl Agent {
         self.0.member.get().map(|member| member.me)
     }
 
+    /// Waits until this node was removed from its cluster.
+    pub async fn removed(&self) {
+        match self.0.member.get() {
+            Some(member) => member.allegiance.over().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// The coordinator, as far as this node knows.
     pub fn coordinator(&self) -> Option<NodeId> {
         self.0.member.get()?.consensus.standing().borrow().coordinator

@@ -78,7 +78,12 @@ pub async fn remove(
     if served.agent.coordinator() == Some(node) {
         served.agent.hand_over(None).await?;
     }
-    execute(&served.agent, &by, command).await?;
+    // Whoever removes itself never applies it, and may learn of it sooner than of the answer.
+    let own = served.agent.me() == Some(node);
+    tokio::select! {
+        done = execute(&served.agent, &by, command) => drop(done?),
+        () = served.agent.removed(), if own => {}
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
