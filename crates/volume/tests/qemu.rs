@@ -6,13 +6,6 @@ use std::process::Command;
 
 use common::*;
 
-fn run(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program).args(args).output().unwrap_or_else(|error| panic!("{program}: {error}"));
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?}: {text}");
-    text
-}
-
 #[test]
 fn qemu_writes_zeroes_discards_and_reads_back() {
     let served = Served::new(1, false);
