@@ -545,7 +545,7 @@ unsafe fn become_image(image: &Image, argv: &[*const libc::c_char], environment:
 pub(crate) mod tests {
     use std::alloc::{GlobalAlloc, Layout, System};
     use std::cell::Cell;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use nix::poll::{PollFd, PollFlags, PollTimeout};
     use nix::sys::wait::{WaitStatus, waitpid};
@@ -583,9 +583,16 @@ pub(crate) mod tests {
 
     /// Whether `fd` gets readable within `within`.
     pub(crate) fn readable(fd: impl AsFd, within: Duration) -> bool {
-        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(within).unwrap();
-        nix::poll::poll(&mut fds, timeout).unwrap() == 1
+        let until = Instant::now() + within;
+        loop {
+            let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+            let left = until.saturating_duration_since(Instant::now());
+            match nix::poll::poll(&mut fds, PollTimeout::try_from(left).unwrap()) {
+                // A child of this process died: its parent's thread was told.
+                Err(Errno::EINTR) => {}
+                outcome => return outcome.unwrap() == 1,
+            }
+        }
     }
 
     const SOON: Duration = Duration::from_secs(5);
