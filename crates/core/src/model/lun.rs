@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!         take                map                 drop
-//!  free ───────▶ a node's ───────▶ a file's part ───────▶ free
-//!    ▲    (the node zeroes them)                            │
-//!    └── the node's term is over: all that it had taken ────┘
+//!  free ───────▶ a node's ───────▶ a file's part ───────▶ freed ───────▶ free
+//!    ▲    (the node zeroes them)            (the LUN's journal says so, too)
+//!    └── the node's term is over: all that it had taken
 //! ```
 //! A slab gets into a file only after the node that had taken it has zeroed it, so a
 //! crash at any moment leaves a part absent or zeroed, and nobody ever reads what a
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{NodeId, NodeTerm, VmId};
+use super::{Freed, Journal, NodeId, NodeTerm, VmId};
 
 /// A run of slabs: the first, and how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,8 +41,8 @@ pub struct Mapped {
 /// A disk on a LUN.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LunFile {
-    /// The VM whose disk it is.
-    pub vm: VmId,
+    /// The VM whose disk it is; none, if it came with an imported LUN and no VM has it.
+    pub vm: Option<VmId>,
     /// What the guest sees, in bytes.
     pub bytes: u64,
     /// Where its parts are, ordered by part and joined where they can be. What is
@@ -72,6 +72,18 @@ pub struct Lun {
     pub taken: BTreeMap<NodeId, Taken>,
     /// What nobody has, in order and joined.
     pub free: Vec<Slabs>,
+    /// What files had and the journal may still say that they have, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub freed: Vec<Freed>,
+    /// Counts the changes of files and of their parts.
+    #[serde(default)]
+    pub revision: u64,
+    /// The description of the files on the LUN.
+    #[serde(default)]
+    pub journal: Journal,
+    /// Its files are still being read from it: nobody uses it yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub importing: bool,
 }
 
 impl Lun {
@@ -83,6 +95,10 @@ impl Lun {
             files: BTreeMap::new(),
             taken: BTreeMap::new(),
             free: vec![Slabs { first: 0, count: slabs }],
+            freed: Vec::new(),
+            revision: 0,
+            journal: Journal::default(),
+            importing: false,
         }
     }
 
@@ -132,7 +148,7 @@ impl Lun {
         }
         if !given.is_empty() {
             let taken = self.taken.entry(node).or_insert(Taken { term, slabs: Vec::new() });
-            given.iter().for_each(|run| insert(&mut taken.slabs, *run));
+            given.iter().for_each(|run| insert_slabs(&mut taken.slabs, *run));
         }
         given
     }
@@ -140,7 +156,7 @@ impl Lun {
     /// Frees what a node had taken.
     pub fn give_back(&mut self, node: NodeId) {
         for run in self.taken.remove(&node).into_iter().flat_map(|taken| taken.slabs) {
-            insert(&mut self.free, run);
+            insert_slabs(&mut self.free, run);
         }
     }
 
@@ -153,6 +169,7 @@ impl Lun {
         let mut nothing = Taken { term, slabs: Vec::new() };
         let taken = self.taken.get_mut(&node).filter(|taken| taken.term == term).unwrap_or(&mut nothing);
         let Some(file) = self.files.get_mut(file) else { return Vec::new() };
+        let before = file.slabs();
         // Parts beyond the file's end are none.
         let steps = |run: &Mapped| 0..run.count.min(parts.saturating_sub(run.part));
         for run in wanted {
@@ -171,26 +188,40 @@ impl Lun {
                 _ => found.push(Mapped { part, slab, count: 1 }),
             }
         }
+        if file.slabs() != before {
+            self.changed([]);
+        }
         found
+    }
+
+    /// A new file, nothing of it there; one that was there and had no VM is the VM's.
+    pub fn make_file(&mut self, name: &str, vm: VmId, bytes: u64) {
+        let file = self.files.entry(name.to_owned()).or_insert_with(|| LunFile::new(vm, bytes));
+        file.vm = Some(vm);
+        self.changed([]);
     }
 
     /// Frees the files of a VM.
     pub fn drop_files(&mut self, vm: VmId) {
-        let free = &mut self.free;
+        let before = self.files.len();
+        let mut gone = Vec::new();
         self.files.retain(|_, file| {
-            let stays = file.vm != vm;
+            let stays = file.vm != Some(vm);
             if !stays {
-                file.parts.iter().for_each(|run| insert(free, Slabs { first: run.slab, count: run.count }));
+                gone.extend(file.parts.iter().map(|run| Slabs { first: run.slab, count: run.count }));
             }
             stays
         });
+        if self.files.len() != before {
+            self.changed(gone);
+        }
     }
 }
 
 impl LunFile {
     /// Nothing of it is there yet.
     pub fn new(vm: VmId, bytes: u64) -> Self {
-        LunFile { vm, bytes, parts: Vec::new() }
+        LunFile { vm: Some(vm), bytes, parts: Vec::new() }
     }
 
     /// How many slabs it has.
@@ -231,7 +262,7 @@ impl LunFile {
 }
 
 /// Puts a run into runs that are in order and joined, and have nothing of it.
-fn insert(runs: &mut Vec<Slabs>, new: Slabs) {
+pub(super) fn insert_slabs(runs: &mut Vec<Slabs>, new: Slabs) {
     let at = runs.partition_point(|run| run.first < new.first);
     let before = at.checked_sub(1).filter(|before| runs[*before].end() == new.first);
     let after = runs.get(at).is_some_and(|after| new.end() == after.first);
@@ -271,6 +302,11 @@ impl Slabs {
     /// The slab after the last.
     pub fn end(self) -> u32 {
         self.first + self.count
+    }
+
+    /// Whether a slab is among them.
+    pub fn has(self, slab: u32) -> bool {
+        (self.first..self.end()).contains(&slab)
     }
 }
 
@@ -313,7 +349,8 @@ mod tests {
     fn account(lun: &Lun) {
         let files = lun.files.values().flat_map(|file| &file.parts);
         let taken = lun.taken.values().flat_map(|taken| &taken.slabs);
-        let runs = taken.chain(&lun.free).copied();
+        let freed = lun.freed.iter().flat_map(|freed| &freed.slabs);
+        let runs = taken.chain(&lun.free).chain(freed).copied();
         let mut all: Vec<u32> = files
             .map(|run| Slabs { first: run.slab, count: run.count })
             .chain(runs)
@@ -336,8 +373,9 @@ mod tests {
 
     fn lun() -> Lun {
         let mut lun = Lun::new(16 << 20, 20);
-        lun.files.insert("web".into(), LunFile::new(WEB, 8 * (16 << 20)));
-        lun.files.insert("db".into(), LunFile::new(DB, 8 * (16 << 20) - 512));
+        lun.make_file("web", WEB, 8 * (16 << 20));
+        lun.make_file("db", DB, 8 * (16 << 20) - 512);
+        lun.journal.epoch = 1;
         lun
     }
 
@@ -396,6 +434,8 @@ mod tests {
         Map(bool, u64, u64, Mapped),
         GiveBack(u64),
         Drop(bool),
+        /// The journal is written, and that is heard of or not.
+        Describe(bool),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -407,14 +447,28 @@ mod tests {
             (any::<bool>(), node.clone(), term, run).prop_map(|(web, node, term, run)| Step::Map(web, node, term, run)),
             node.prop_map(Step::GiveBack),
             any::<bool>().prop_map(Step::Drop),
+            any::<bool>().prop_map(Step::Describe),
         ]
+    }
+
+    /// Every slab that a journal names is that part's still, or waits.
+    fn undisputed(lun: &Lun, journal: &BTreeMap<String, LunFile>) {
+        let waits = |slab: u32| lun.freed.iter().flat_map(|freed| &freed.slabs).any(|run| run.has(slab));
+        for (name, file) in journal {
+            for (part, slab) in file.parts.iter().flat_map(|run| (0..run.count).map(|n| (run.part + n, run.slab + n))) {
+                let still = lun.files.get(name).is_some_and(|now| now.vm == file.vm && now.slab(part) == Some(slab));
+                assert!(still || waits(slab), "{name}: part {part} in slab {slab} is disputed");
+            }
+        }
     }
 
     proptest! {
         #[test]
         fn no_slab_has_two_places_whatever_is_asked(steps in proptest::collection::vec(step(), 0..80)) {
             let mut lun = lun();
-            for step in steps {
+            let mut journal = BTreeMap::new();
+            for (number, step) in steps.into_iter().enumerate() {
+                let before = (lun.files.clone(), lun.revision);
                 match step {
                     Step::Take(node, term, known, most) => {
                         drop(lun.take(NodeId(node), NodeTerm(term), &[Slabs { first: 0, count: known }], most));
@@ -427,13 +481,22 @@ mod tests {
                     }
                     Step::GiveBack(node) => lun.give_back(NodeId(node)),
                     Step::Drop(web) => {
-                        let (name, vm) = if web { ("web", WEB) } else { ("db", DB) };
+                        let name = if web { "web" } else { "db" };
                         let bytes = lun.files[name].bytes;
-                        lun.drop_files(vm);
+                        lun.drop_files(lun.files[name].vm.unwrap());
                         prop_assert!(!lun.files.contains_key(name));
-                        lun.files.insert(name.into(), LunFile::new(vm, bytes));
+                        let again = VmId(uuid::Uuid::from_u128(100 + number as u128));
+                        lun.make_file(name, again, bytes);
+                    }
+                    Step::Describe(heard) => {
+                        journal = lun.files.clone();
+                        if heard {
+                            lun.described(lun.revision);
+                        }
                     }
                 }
+                prop_assert!(before.1 < lun.revision || before.0 == lun.files, "a change has a revision");
+                undisputed(&lun, &journal);
                 account(&lun);
                 let stored = serde_json::to_string(&lun).unwrap();
                 prop_assert_eq!(serde_json::from_str::<Lun>(&stored).unwrap(), lun.clone());

@@ -1,6 +1,6 @@
 //! Commands: every way in which the state can change.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -195,6 +195,51 @@ pub enum Command {
         /// Which parts, in which slabs.
         wanted: Vec<Mapped>,
     },
+    /// The node that is to keep a LUN's journal begins to write it.
+    ClaimJournal {
+        /// The volume.
+        volume: String,
+        /// Who will write.
+        writer: Writer,
+    },
+    /// What a writer has done with a LUN's journal.
+    JournalWritten {
+        /// The volume.
+        volume: String,
+        /// Who wrote.
+        writer: Writer,
+        /// The revision that is on stable storage there, or why it cannot be written.
+        outcome: Result<u64, String>,
+        /// It was written anew, as [`Command::RepairVolume`] wants it.
+        repaired: bool,
+        /// It does not write any more: nothing of it is under way.
+        ends: bool,
+    },
+    /// Has a LUN's description written anew from the state.
+    RepairVolume {
+        /// The volume.
+        name: String,
+    },
+    /// Adds a volume that is described on its LUN. Its files follow.
+    ImportVolume {
+        /// Its name here.
+        name: String,
+        /// Its identity, written on it.
+        id: Uuid,
+        /// What is behind it.
+        kind: VolumeKind,
+        /// The epoch and the revision of its journal.
+        journal: (u64, u64),
+    },
+    /// Files of a volume that is being imported, or more parts of them.
+    ImportFiles {
+        /// The volume.
+        volume: String,
+        /// Sizes in bytes, and parts, by name.
+        files: BTreeMap<String, (u64, Vec<Mapped>)>,
+        /// There are no more.
+        last: bool,
+    },
     /// Creates a VM whose disks are still to be made.
     CreateVm {
         /// Its identity.
@@ -246,6 +291,15 @@ pub enum Command {
         /// The decisions, in order.
         decisions: Vec<Decision>,
     },
+}
+
+impl Command {
+    /// Whether it changes only who has which slab and what is written about it. Nothing
+    /// that the coordinator decides stands on that, and doing it twice does no harm.
+    pub fn is_bookkeeping(&self) -> bool {
+        use Command::{ClaimJournal, JournalWritten, MapSlabs, TakeSlabs};
+        matches!(self, TakeSlabs { .. } | MapSlabs { .. } | ClaimJournal { .. } | JournalWritten { .. })
+    }
 }
 
 /// A host that becomes a node.

@@ -119,6 +119,15 @@ impl ClusterState {
                 self.take_slabs(&volume, node, term, &known, most)
             }
             Command::MapSlabs { vm, disk, tenure, wanted } => self.map_slabs(vm, disk, &tenure, &wanted),
+            Command::ClaimJournal { volume, writer } => self.claim_journal(&volume, writer),
+            Command::JournalWritten { volume, writer, outcome, repaired, ends } => {
+                self.journal_written(at_ms, &volume, writer, outcome, repaired, ends)
+            }
+            Command::RepairVolume { name } => self.repair_volume(at_ms, by, &name),
+            Command::ImportVolume { name, id, kind, journal } => {
+                self.import_volume(at_ms, by, &name, id, kind, journal)
+            }
+            Command::ImportFiles { volume, files, last } => self.import_files(at_ms, &volume, files, last),
             Command::CreateVm { id, name, spec, node, sources } => {
                 self.create_vm(at_ms, by, id, name, spec, node, sources)
             }

@@ -41,6 +41,12 @@ impl ClusterState {
         for vm in self.vms.values_mut() {
             vm.last_epoch.0 += LEAP;
         }
+        // What others have written on LUNs meanwhile is overwritten.
+        for lun in self.luns.values_mut() {
+            lun.revision += LEAP;
+            lun.journal.epoch += LEAP;
+            lun.journal.writer = None;
+        }
         self.voters = BTreeSet::from([id]);
         let left_out: Vec<_> =
             self.nodes.keys().filter(|other| **other != id && !with.contains(other)).copied().collect();

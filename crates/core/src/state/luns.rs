@@ -32,6 +32,7 @@ impl ClusterState {
         let lun = self.luns.get(volume).ok_or_else(|| Refusal::unknown("volume", volume))?;
         let over: Vec<_> = lun.taken.iter().filter_map(over).collect();
         let Some(lun) = self.luns.get_mut(volume) else { return Err(Refusal::unknown("volume", volume)) };
+        lun.at_rest(volume)?;
         over.into_iter().for_each(|node| lun.give_back(node));
         // What is scarce is not kept ahead where nobody may need it.
         let most = most.min(lun.free_slabs().div_ceil(SHARE));
@@ -65,6 +66,7 @@ impl ClusterState {
         }
         for (index, disk) in spec.disks.iter().enumerate() {
             let Some(lun) = self.luns.get(&disk.volume) else { continue };
+            lun.at_rest(&disk.volume)?;
             let invalid = |text: String| Err(Refusal::Invalid(format!("disk {index}: {text}")));
             if disk.format != DiskFormat::Raw {
                 return invalid(format!(
@@ -82,8 +84,12 @@ impl ClusterState {
             if disk.size_bytes > whole {
                 return invalid(format!("{} bytes, and volume {:?} has {whole}", disk.size_bytes, disk.volume));
             }
-            if lun.files.contains_key(&disk.file) {
-                return Err(Refusal::duplicate("file", &disk.file));
+            match lun.files.get(&disk.file) {
+                Some(LunFile { vm: Some(_), .. }) => return Err(Refusal::duplicate("file", &disk.file)),
+                Some(file) if file.bytes != disk.size_bytes => {
+                    return invalid(format!("file {:?} has {} bytes", disk.file, file.bytes));
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -92,7 +98,7 @@ impl ClusterState {
     pub(super) fn make_lun_files(&mut self, vm: VmId, spec: &VmSpec) {
         for disk in &spec.disks {
             if let Some(lun) = self.luns.get_mut(&disk.volume) {
-                lun.files.insert(disk.file.clone(), LunFile::new(vm, disk.size_bytes));
+                lun.make_file(&disk.file, vm, disk.size_bytes);
             }
         }
     }

@@ -6,6 +6,7 @@ mod decisions;
 mod fencing;
 mod generation;
 mod jobs;
+mod journals;
 mod luns;
 mod vms;
 mod votes;
@@ -103,7 +104,7 @@ impl ClusterState {
         // No decision stands on who has which slab: a guest that writes must not make
         // the coordinator decide again. Nor is it remembered, since doing it twice does
         // no harm: such a guest would drive out requests that are still retried.
-        if matches!(proposal.command, Command::TakeSlabs { .. } | Command::MapSlabs { .. }) {
+        if proposal.command.is_bookkeeping() {
             return reply;
         }
         self.revision += 1;
