@@ -24,7 +24,7 @@
 //!   no longer the highest.
 //! * A block that is torn may be an active one.
 //! * **A disk that shows less than was seen on it before** was restored or exchanged:
-//!   it is stale, and is not hosted.
+//!   it is stale, and is neither hosted nor written, so that it stays recognisable.
 //!
 //! Whoever hosts lets an answer of the witness out only while [`DiskLease::held`]
 //! *after* what it answers for is durable: whoever hosts later reads the disk later.
@@ -321,7 +321,8 @@ impl DiskLease {
         }
         match self.phase {
             Phase::Watching if now < self.look_at => Step::Wait(self.look_at),
-            Phase::Watching if self.dirty => self.write(now, Use::Idle, self.mine.epoch),
+            // Not on a stale disk: with what it writes that would show more than before.
+            Phase::Watching if self.dirty && !self.stale => self.write(now, Use::Idle, self.mine.epoch),
             Phase::Watching => {
                 self.issued = now;
                 Step::Look
@@ -468,6 +469,7 @@ impl DiskLease {
         match look.blocks.get(&self.me) {
             Some(Seen::Block(block)) => {
                 self.mine.counter = self.mine.counter.max(block.counter);
+                self.kept = self.kept.max(block.kept);
                 if self.phase == Phase::Watching {
                     self.mine.epoch = self.mine.epoch.max(block.epoch);
                     self.dirty |= block.state != Use::Idle;

@@ -220,6 +220,41 @@ fn a_disk_that_shows_less_than_before_is_not_hosted() {
 }
 
 #[test]
+fn a_stale_disk_is_not_made_to_look_current_by_who_restarts_beside_it() {
+    for missing in 1..4 {
+        let mut world = World::new();
+        let mut one = world.node(1, Want::Host);
+        world.until_held(&mut one, 10);
+        let old = world.disk.clone();
+        // So many renewals are missing in the copy, and its own block there says that it owns.
+        let seen = one.memory().counter + missing;
+        while one.memory().counter < seen {
+            world.step(&mut one);
+        }
+        let mut again = DiskLease::new(NodeId(1), TIMING, TIMING.length_ms, one.memory());
+        again.want(Want::Host);
+        world.disk = old.clone();
+        world.run(&mut again, 5_000);
+        assert!(again.stale() && !again.held(ms(world.now)), "{missing} renewals are missing");
+        assert_eq!(world.disk, old, "nothing is written on it");
+    }
+}
+
+#[test]
+fn what_is_durable_is_not_forgotten_with_the_life_that_wrote_it() {
+    let mut world = World::new();
+    let mut one = world.node(1, Want::Host);
+    world.until_held(&mut one, 10);
+    let kept = Kept { epoch: 1, generation: 1, length: 4711 };
+    one.keep(kept);
+    world.run(&mut one, 200);
+    assert_eq!(world.look().kept(), kept);
+    let mut again = world.node(1, Want::Host);
+    world.until_held(&mut again, 20);
+    assert_eq!(world.look().kept(), kept, "whoever takes over next still knows");
+}
+
+#[test]
 fn a_block_of_an_earlier_life_does_not_stand_in_its_own_node_s_way() {
     let mut world = World::new();
     let mut one = world.node(1, Want::Host);
