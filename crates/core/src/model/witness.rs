@@ -29,6 +29,9 @@ pub struct Witness {
     /// When it was decided last, milliseconds since the Unix epoch.
     #[serde(default)]
     pub decided_ms: u64,
+    /// How often it was decided since somebody was last told to host it in fact.
+    #[serde(default)]
+    pub asked: u32,
     /// The node that hosts it, as far as it was told.
     #[serde(default)]
     pub hosted_by: Option<NodeId>,
@@ -53,6 +56,7 @@ impl Witness {
             host: None,
             decided: 0,
             decided_ms: 0,
+            asked: 0,
             hosted_by: None,
             hosted_ms: 0,
             epoch: 0,

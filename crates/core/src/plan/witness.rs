@@ -12,6 +12,8 @@ use super::Planner;
 /// Whoever took over keeps the witness for so long before it is asked to give it
 /// back, in milliseconds: a host that comes and goes does not drag it along.
 const BACK_AFTER_MS: u64 = 10_000;
+/// It is asked again after twice as long each time, up to eleven minutes.
+const MOST_DOUBLINGS: u32 = 6;
 
 impl Planner<'_> {
     pub(super) fn witness(&mut self) {
@@ -46,8 +48,9 @@ impl Planner<'_> {
         // Whoever should have it was silent when another took over, and may be dead:
         // giving it back at once would give the majority away with it. Each time that
         // comes to nothing, as with a disk that nobody can use, it waits twice as long.
-        let asked_for_ms = witness.decided_ms.saturating_sub(witness.hosted_ms);
-        let long_ago = |at_ms: u64| self.now_ms.abs_diff(at_ms) >= BACK_AFTER_MS.max(asked_for_ms);
+        // Counted, not read off clocks: those of two coordinators may be hours apart.
+        let wait_ms = BACK_AFTER_MS << witness.asked.saturating_sub(1).min(MOST_DOUBLINGS);
+        let long_ago = |at_ms: u64| self.now_ms.abs_diff(at_ms) >= wait_ms;
         let back = strayed && long_ago(witness.decided_ms) && long_ago(witness.hosted_ms);
         if witness.host != Some(host) || back {
             let cause = match host == attendance.coordinator {
@@ -136,7 +139,25 @@ mod tests {
                 asked.push(now_ms / 1_000);
             }
         }
-        assert_eq!(asked, [0, 10, 20, 40, 80, 160, 320, 640]);
+        assert_eq!(asked, [0, 10, 30, 70, 150, 310, 630]);
+    }
+
+    #[test]
+    fn a_clock_that_was_wrong_once_does_not_have_it_asked_for_ever() {
+        let mut state = hosted_by(ONE);
+        if let Some(witness) = &mut state.witness {
+            // Told by a coordinator whose clock was an hour ahead.
+            witness.hosted_ms = 3_600_000;
+        }
+        let observed = observed(ONE, &[TWO]);
+        let mut asked = 0;
+        for now_ms in (0..600_000).step_by(1_000) {
+            for decision in plan(&state, &observed, now_ms).decisions {
+                state.decide(now_ms, &decision);
+                asked += 1;
+            }
+        }
+        assert_eq!(asked, 6);
     }
 
     #[test]

@@ -42,6 +42,7 @@ impl ClusterState {
             witness.host = Some(host);
             witness.decided += 1;
             witness.decided_ms = at_ms;
+            witness.asked = witness.asked.saturating_add(1);
         }
     }
 
@@ -51,6 +52,7 @@ impl ClusterState {
         let moved = witness.hosted_by != Some(host);
         witness.hosted_by = Some(host);
         witness.hosted_ms = at_ms;
+        witness.asked = 0;
         witness.epoch = witness.epoch.max(epoch);
         if moved {
             self.event(at_ms, Severity::Info, SUBJECT, format!("is hosted by {name} (epoch {epoch})"));
