@@ -189,10 +189,8 @@ pub struct Exploration {
     pub slowest_settled_ms: (u64, u64),
     /// The longest that queues were, and the most that a recovery took: see [`Tally`].
     pub most: Tally,
-    /// Seeds that broke something, at most ten.
+    /// Every seed that broke something.
     pub failed: Vec<(u64, Violation)>,
-    /// How many did.
-    pub violations: u64,
 }
 
 /// Runs seeds one after the other.
@@ -212,10 +210,7 @@ impl Exploration {
         self.slowest_settled_ms = self.slowest_settled_ms.max((outcome.settled_ms, outcome.seed));
         self.most = self.most.or(outcome.tally);
         if let Some(violation) = &outcome.violation {
-            self.violations += 1;
-            if self.failed.len() < 10 {
-                self.failed.push((outcome.seed, violation.clone()));
-            }
+            self.failed.push((outcome.seed, violation.clone()));
         }
     }
 
@@ -226,9 +221,7 @@ impl Exploration {
         self.commits += other.commits;
         self.slowest_settled_ms = self.slowest_settled_ms.max(other.slowest_settled_ms);
         self.most = self.most.or(other.most);
-        self.violations += other.violations;
         self.failed.extend(other.failed);
-        self.failed.truncate(10);
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use holdfast_sim::{Caught, Exploration, Mutation, Options, Scenario, catch, explore, play, run, shrink};
+use holdfast_sim::{Caught, Exploration, Mutation, Options, Scenario, Violation, catch, explore, play, run, shrink};
 use serde_json::json;
 
 const USAGE: &str = "usage:
@@ -138,7 +138,7 @@ fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Valu
         "{} seeds, {hours:.1} simulated hours, {} commits, {} violations; {rate:.1} seeds/s, {:.1} simulated hours/s; slowest to settle: {slowest} ms (seed {slowest_seed})",
         all.seeds,
         all.commits,
-        all.violations,
+        all.failed.len(),
         hours / seconds,
     );
     let (full, unrest) = (all.most.fullest, all.most.unrest);
@@ -159,8 +159,11 @@ fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Valu
         println!("\nseed {seed}, shrunk to {} of {} steps:", failure.steps.0, failure.steps.1);
         print!("{}", failure.outcome.story());
     }
+    let broke =
+        |(seed, violation): &(u64, Violation)| json!({ "seed": seed, "rule": violation.rule, "text": violation.text });
     let figures = json!({
-        "seeds": all.seeds, "simulated_hours": hours, "violations": all.violations,
+        "seeds": all.seeds, "simulated_hours": hours, "violations": all.failed.len(),
+        "broken": all.failed.iter().map(broke).collect::<Vec<_>>(),
         "commits": all.commits, "seeds_per_s": rate, "simulated_hours_per_s": hours / seconds,
         "slowest_settled_ms": slowest,
         "at_most": {
@@ -169,7 +172,7 @@ fn many(start: u64, seeds: u64, threads: Option<u64>) -> (bool, serde_json::Valu
             "elections_after_heal": unrest[2],
         },
     });
-    (all.violations == 0, figures)
+    (all.failed.is_empty(), figures)
 }
 
 fn mutants(budget: u64, only: &str, threads: Option<u64>) -> (bool, serde_json::Value) {

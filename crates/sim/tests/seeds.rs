@@ -57,7 +57,7 @@ fn broken_rules_are_caught() {
         (Mutation::CoordinateAtOnce, 18),
         (Mutation::StaleWitnessVotes, 8),
         (Mutation::AnswerWithoutLease, 6),
-        (Mutation::ClaimWithoutLooking, 38),
+        (Mutation::ClaimWithoutLooking, 23),
     ];
     assert!(known.iter().map(|(mutation, _)| *mutation).eq(Mutation::ALL), "each has its seed");
     for (mutation, seed) in known {

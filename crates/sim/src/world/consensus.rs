@@ -10,6 +10,10 @@ use crate::raft::{Out, Raft, RaftMessage, What};
 
 /// Entries of a leader that wait for the disk; what finds no room is sent again.
 const STORES: usize = 2;
+/// Writes, and what waits behind them to be said, with which a participant hears and
+/// asks nothing more until its disk has done some: an engine that stands still for
+/// its disk does not even look.
+const BACKLOG: usize = 40;
 
 /// A participant of consensus where it runs.
 pub struct Seat {
@@ -45,6 +49,11 @@ impl Seat {
 
     fn has(&self, what: impl Fn(&Write) -> bool) -> usize {
         self.writes.iter().filter(|write| what(write)).count()
+    }
+
+    /// Whether its disk has so much to do that it does nothing else.
+    fn is_overdue(&self) -> bool {
+        self.writes.len() >= BACKLOG
     }
 
     /// A crash: `whole` writes had reached the disk, and `part` entries of the next.
@@ -89,8 +98,11 @@ impl World {
     pub(super) fn tick_consensus(&mut self, host: usize) {
         let now = self.boot(host);
         let jitter = if self.setting.calm { 20 * host as u64 } else { self.rng.between(0, 150) };
-        let out = self.hosts[host].agent.seat.raft.tick(now, jitter);
-        self.after_raft(host, host, out);
+        let seat = &mut self.hosts[host].agent.seat;
+        if !seat.is_overdue() || seat.raft.leads_since().is_some() {
+            let out = seat.raft.tick(now, jitter);
+            self.after_raft(host, host, out);
+        }
         if self.disk.is_some() {
             self.tick_witness(host, jitter);
         }
@@ -204,6 +216,10 @@ impl World {
         let Some(seat) = self.seat(host, who) else {
             return;
         };
+        // Whoever sent it waits for an answer, and asks again.
+        if seat.is_overdue() {
+            return;
+        }
         let (mut out, stored) = seat.raft.receive(from, message, now);
         match stored {
             Some(message) if early && seat.has(|write| matches!(write, Write::Log { .. })) < STORES => {
