@@ -263,7 +263,7 @@ impl Contents {
     pub(super) fn rebuild(&self) -> impl Iterator<Item = Op> + '_ {
         self.files.iter().flat_map(|(id, file)| {
             let create = Op::Create { file: *id, bytes: file.bytes, name: file.name.clone() };
-            std::iter::once(create).chain(file.runs().map(|(index, slab, count)| Op::Map {
+            std::iter::once(create).chain(file.runs().into_iter().map(|(index, slab, count)| Op::Map {
                 file: *id,
                 index,
                 slab,
@@ -309,17 +309,14 @@ impl LunFile {
         self.slabs.last_key_value().map(|(_, slab)| *slab)
     }
 
+    /// The slab of a part.
+    pub fn slab(&self, part: u32) -> Option<u32> {
+        self.slabs.get(&part).copied()
+    }
+
     /// Runs of parts in runs of slabs: first part, first slab, how many.
-    fn runs(&self) -> impl Iterator<Item = (u32, u32, u32)> + '_ {
-        let mut slabs = self.slabs.iter().peekable();
-        std::iter::from_fn(move || {
-            let (index, slab) = slabs.next().map(|(index, slab)| (*index, *slab))?;
-            let mut count = 1;
-            while slabs.next_if(|(i, s)| **i == index + count && **s == slab + count).is_some() {
-                count += 1;
-            }
-            Some((index, slab, count))
-        })
+    pub fn runs(&self) -> Vec<(u32, u32, u32)> {
+        super::follow::runs(self.parts())
     }
 }
 

@@ -13,6 +13,8 @@ const HEAD_BYTES: usize = 72;
 const CHECKSUM: usize = 52;
 /// The most bytes of changes that one frame carries.
 pub(super) const MOST_BYTES: usize = 256 << 10;
+/// The longest frame, in bytes.
+pub(super) const LONGEST: usize = (HEAD_BYTES + MOST_BYTES).next_multiple_of(PAGE_BYTES);
 
 /// What a frame is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

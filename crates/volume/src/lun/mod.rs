@@ -15,15 +15,19 @@
 
 mod alone;
 mod contents;
+mod follow;
 mod frame;
 mod geometry;
+mod inspect;
 mod op;
 mod store;
 mod superblock;
 
 pub use alone::{Alone, AloneError};
 pub use contents::{Contents, FileId, LunFile, Segment, Wrong};
+pub use follow::Agreed;
 pub use geometry::Geometry;
+pub use inspect::{AreaState, Condition, Inspection, inspect};
 pub use op::Op;
 pub use store::{Device, Store, StoreError};
 pub use superblock::{Identity, Superblock};

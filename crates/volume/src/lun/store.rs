@@ -130,11 +130,45 @@ pub struct Store<D> {
 }
 
 /// What an area holds.
-struct Area {
+#[derive(Debug)]
+pub(super) struct Area {
     which: usize,
-    head: Head,
-    contents: Contents,
+    pub head: Head,
+    pub contents: Contents,
     used: u64,
+}
+
+/// What was found in an area.
+#[derive(Debug)]
+pub(super) struct AreaFound {
+    /// What it holds, if its snapshot is whole.
+    pub whole: Option<Area>,
+    /// The latest generation of which there is anything in it.
+    pub latest: u64,
+    /// The latest generation of which there are changes in it: its snapshot was whole.
+    changes: u64,
+    /// Where it begins, in bytes.
+    start: u64,
+    /// What contradicts the rest of it, and where, in bytes.
+    pub damage: Option<(&'static str, u64)>,
+}
+
+impl AreaFound {
+    fn generation(&self) -> u64 {
+        self.whole.as_ref().map_or(0, |whole| whole.head.generation)
+    }
+
+    /// Whether there are changes to a snapshot that is not whole any more, and later than
+    /// what another area holds.
+    pub fn lost_snapshot(&self, other: &AreaFound) -> Option<(&'static str, u64)> {
+        let lost = self.whole.is_none() && self.damage.is_none() && self.changes > other.generation();
+        lost.then_some(("there are changes to a snapshot, and it is not whole", self.start))
+    }
+}
+
+fn damage([first, second]: &[AreaFound; 2]) -> Option<(&'static str, u64)> {
+    let lost = first.lost_snapshot(second).or(second.lost_snapshot(first));
+    first.damage.or(second.damage).or(lost)
 }
 
 impl<D: Device> Store<D> {
@@ -196,9 +230,12 @@ impl<D: Device> Store<D> {
             return Err(StoreError::Smaller { has, needs: geometry.end() });
         }
         let (first, second) = (read_area(&device, &superblock, 0)?, read_area(&device, &superblock, 1)?);
-        let latest = first.1.max(second.1);
-        let generation = |area: &Area| area.head.generation;
-        let found = [first.0, second.0].into_iter().flatten().max_by_key(generation);
+        let latest = first.latest.max(second.latest);
+        let areas = [first, second];
+        if let Some((what, at)) = damage(&areas) {
+            return Err(StoreError::Damaged { what, at });
+        }
+        let found = areas.into_iter().filter_map(|area| area.whole).max_by_key(|area| area.head.generation);
         let no_snapshot = StoreError::Damaged { what: "no snapshot of its files is whole", at: geometry.area(0) };
         let Area { which, head, contents, used } = found.ok_or(no_snapshot)?;
         Ok(Store {
@@ -281,7 +318,7 @@ impl<D: Device> Store<D> {
             if let Err(wrong) = self.contents.apply(op) {
                 if done > 0 {
                     self.unsure = true;
-                    let again = read_area(&self.device, &self.superblock, self.area)?.0;
+                    let again = read_area(&self.device, &self.superblock, self.area)?.whole;
                     self.contents = again.ok_or(StoreError::Unsure)?.contents;
                     self.unsure = false;
                 }
@@ -343,6 +380,7 @@ impl<D: Device> Store<D> {
         if length > self.superblock.geometry.area_bytes {
             return Err(StoreError::Full);
         }
+        self.still_ours(area)?;
         // Whatever comes of it, this generation is not used again.
         self.latest = generation;
         let mut used = 0;
@@ -354,6 +392,64 @@ impl<D: Device> Store<D> {
         (self.area, self.generation, self.sequence, self.used) = (area, generation, frames.len() as u64, used);
         self.unsure = false;
         Ok(())
+    }
+
+    /// Refuses to begin an area that a later owner has begun.
+    fn still_ours(&self, area: usize) -> Result<(), StoreError> {
+        let mut begin = vec![0; frame::LONGEST.min(self.superblock.geometry.area_bytes as usize)];
+        self.device.read(self.position(area, 0), &mut begin).map_err(failed("read the journal"))?;
+        let head = frame::decode(&begin).map(|frame| frame.head);
+        match head.filter(|head| head.volume == self.superblock.identity.volume && head.epoch > self.epoch) {
+            Some(head) => Err(StoreError::Outdated { ours: self.epoch, theirs: head.epoch }),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes everything anew from what is known elsewhere, whatever is there: the
+    /// superblocks, and the files where the journal is damaged. An area that is whole is
+    /// only overwritten when both are.
+    ///
+    /// # Errors
+    /// The device is smaller than the volume, has no room, or fails.
+    pub fn rebuild(
+        device: D,
+        superblock: Superblock,
+        contents: Contents,
+        (epoch, revision): (u64, u64),
+    ) -> Result<Store<D>, StoreError> {
+        let has = device.bytes().map_err(failed("look at the device"))?;
+        if has < superblock.geometry.end() {
+            return Err(StoreError::Smaller { has, needs: superblock.geometry.end() });
+        }
+        let found = [read_area(&device, &superblock, 0)?, read_area(&device, &superblock, 1)?];
+        // The snapshot goes into the other one.
+        let stays = usize::from(found[1].generation() > found[0].generation());
+        let latest = found[0].latest.max(found[1].latest);
+        let last_file = found.iter().flat_map(|area| &area.whole).map(|whole| whole.head.last_file).max();
+        let mut store = Store {
+            device,
+            superblock,
+            contents,
+            area: stays,
+            generation: 0,
+            sequence: 0,
+            used: 0,
+            latest,
+            epoch,
+            revision,
+            unsure: false,
+            superblock_lost: false,
+        };
+        store.contents.set_last_file(last_file.unwrap_or_default());
+        store.write_superblocks()?;
+        store.snapshot()?;
+        if found[stays].whole.is_none() {
+            // What is left of it contradicts itself, or nobody needs it.
+            let nothing = vec![0; PAGE_BYTES];
+            store.device.write(store.position(stays, 0), &nothing).map_err(failed("clear an area"))?;
+            store.device.flush().map_err(failed("clear an area"))?;
+        }
+        Ok(store)
     }
 
     /// Gives the volume another name or another cluster.
@@ -409,9 +505,8 @@ fn read_superblock(device: &impl Device) -> Result<(Superblock, bool), StoreErro
     }
 }
 
-/// What an area holds, if its snapshot is whole; and the latest generation of which
-/// there is anything in it.
-fn read_area(device: &impl Device, superblock: &Superblock, which: usize) -> Result<(Option<Area>, u64), StoreError> {
+/// Reads an area.
+pub(super) fn read_area(device: &impl Device, superblock: &Superblock, which: usize) -> Result<AreaFound, StoreError> {
     let geometry = superblock.geometry;
     let start = geometry.area(which);
     let mut bytes = vec![0; geometry.area_bytes as usize];
@@ -422,8 +517,11 @@ fn read_area(device: &impl Device, superblock: &Superblock, which: usize) -> Res
     let pages = (0..bytes.len()).step_by(PAGE_BYTES);
     let heads: Vec<_> = pages.filter_map(|at| Some((at, ours(at)?.head))).collect();
     let latest = heads.iter().map(|(_, head)| head.generation).max().unwrap_or(0);
+    let changes = heads.iter().map(|(_, head)| head).filter(|head| head.kind == Kind::Journal);
+    let changes = changes.map(|head| head.generation).max().unwrap_or(0);
 
-    let damaged = |what, at: usize| StoreError::Damaged { what, at: start + at as u64 };
+    let found = |whole, damage| Ok(AreaFound { whole, latest, changes, start, damage });
+    let damaged = |what, at: usize| found(None, Some((what, start + at as u64)));
     let mut contents = Contents::new(geometry);
     let (mut used, mut last, mut whole) = (0, None::<Head>, false);
     while let Some(Frame { head, ops, length }) = ours(used) {
@@ -439,22 +537,24 @@ fn read_area(device: &impl Device, superblock: &Superblock, which: usize) -> Res
             break;
         }
         for op in &ops {
-            contents.apply(op).map_err(|_| damaged("a change that contradicts those before it", used))?;
+            if contents.apply(op).is_err() {
+                return damaged("a change that contradicts those before it", used);
+            }
         }
         contents.set_last_file(head.last_file);
         whole |= head.kind == Kind::Last;
         used += length;
         last = Some(head);
     }
-    let Some(last) = last.filter(|_| whole) else { return Ok((None, latest)) };
+    let Some(last) = last.filter(|_| whole) else { return found(None, None) };
     let behind = heads
         .iter()
         .find(|(at, head)| *at >= used && head.generation == last.generation && head.sequence > last.sequence);
     if let Some((at, _)) = behind {
-        return Err(damaged("a change is missing before one that is there", *at));
+        return damaged("a change is missing before one that is there", *at);
     }
     let head = Head { sequence: last.sequence + 1, ..last };
-    Ok((Some(Area { which, head, contents, used: used as u64 }), latest))
+    found(Some(Area { which, head, contents, used: used as u64 }), None)
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ use super::super::contents::FileId;
 use super::super::op::tests::any_op;
 use super::*;
 
+mod damage;
+
 const BYTES: u64 = 320 << 20;
 const SECTOR: usize = 512;
 /// Only so much of the device is ever touched by a description.
