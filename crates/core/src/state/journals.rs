@@ -21,22 +21,33 @@ impl ClusterState {
         self.nodes.get(&writer.node).is_some_and(|node| node.is_up() && node.term == writer.term)
     }
 
-    pub(super) fn claim_journal(&mut self, volume: &str, writer: Writer) -> Executed {
+    /// Why a node does not write a LUN's journal, if it does not and is not to begin.
+    ///
+    /// # Errors
+    /// Another node is to write it, or still does; there is no such LUN.
+    pub fn may_claim_journal(&self, volume: &str, writer: Writer) -> Result<(), Refusal> {
         let name = self.node_name(writer.node);
+        let lun = self.luns.get(volume).ok_or_else(|| Refusal::unknown("volume", volume))?;
+        lun.at_rest(volume)?;
         if !self.lasts(writer) || self.journal_keeper(volume) != Some(writer.node) {
             return Err(Refusal::Conflict(format!("{name} is not the one to describe volume {volume:?}")));
         }
-        let known = self.luns.get(volume).ok_or_else(|| Refusal::unknown("volume", volume))?.journal.writer;
-        if let Some(other) = known.filter(|known| *known != writer && self.lasts(*known)) {
-            let other = self.node_name(other.node);
-            return Err(Refusal::Conflict(format!("{other} still describes volume {volume:?}")));
-        }
-        if let Some(lun) = self.luns.get_mut(volume) {
-            lun.at_rest(volume)?;
-            if known != Some(writer) {
-                lun.journal.epoch += 1;
-                lun.journal.writer = Some(writer);
+        match lun.journal.writer.filter(|known| *known != writer && self.lasts(*known)) {
+            Some(other) => {
+                let other = self.node_name(other.node);
+                Err(Refusal::Conflict(format!("{other} still describes volume {volume:?}")))
             }
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn claim_journal(&mut self, volume: &str, writer: Writer) -> Executed {
+        self.may_claim_journal(volume, writer)?;
+        if let Some(lun) = self.luns.get_mut(volume)
+            && lun.journal.writer != Some(writer)
+        {
+            lun.journal.epoch += 1;
+            lun.journal.writer = Some(writer);
         }
         Ok(Reply::Done)
     }

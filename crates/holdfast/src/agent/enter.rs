@@ -186,6 +186,7 @@ impl Agent {
         tokio::spawn(self.clone().keep_volumes(member));
         tokio::spawn(self.clone().keep_guests(member));
         tokio::spawn(self.clone().keep_serving(member));
+        tokio::spawn(self.clone().keep_journals(member));
         tokio::spawn(self.clone().keep_disks(member));
     }
 

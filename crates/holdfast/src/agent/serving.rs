@@ -53,13 +53,18 @@ impl Serving {
         *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
     }
 
+    /// Where the LUN of a volume was found on this node.
+    pub(super) fn device(&self, volume: Uuid) -> Option<PathBuf> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner).get(&volume).cloned()
+    }
+
     fn wanted(&self) -> MutexGuard<'_, BTreeMap<DiskId, Disk>> {
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// One connection to one life of the volume server.
-struct Line {
+pub(super) struct Line {
     writer: tokio::sync::Mutex<OwnedWriteHalf>,
     calls: Mutex<HashMap<u64, oneshot::Sender<Result<(), String>>>>,
     next: AtomicU64,
@@ -72,7 +77,7 @@ impl Line {
         Ok(self.writer.lock().await.write_all(&line).await?)
     }
 
-    async fn call(&self, call: Call, within: Duration) -> Result<(), CallError> {
+    pub(super) async fn call(&self, call: Call, within: Duration) -> Result<(), CallError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (tell, told) = oneshot::channel();
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).insert(id, tell);
@@ -89,7 +94,7 @@ impl Line {
 
 /// Why a call to the volume server was not answered with success.
 #[derive(Debug, thiserror::Error)]
-enum CallError {
+pub(super) enum CallError {
     /// It says that it did not do it.
     #[error("{0}")]
     Refused(String),
@@ -241,7 +246,7 @@ impl Agent {
     ) -> anyhow::Result<Disk> {
         let volume = state.volumes.get(&at.volume).with_context(|| format!("there is no volume {:?}", at.volume))?;
         let VolumeKind::Lun { device, .. } = &volume.kind else { bail!("volume {:?} is not on a LUN", at.volume) };
-        let found = member.serving.devices.lock().unwrap_or_else(PoisonError::into_inner).get(&volume.id).cloned();
+        let found = member.serving.device(volume.id);
         Ok(Disk {
             vm: vm.id,
             disk,
@@ -334,7 +339,8 @@ impl Agent {
         member.serving.wanted().keys().any(|disk| disk.vm == vm)
     }
 
-    async fn line(&self, member: &'static Member) -> anyhow::Result<Arc<Line>> {
+    /// The volume server, once it is there.
+    pub(super) async fn line(&self, member: &'static Member) -> anyhow::Result<Arc<Line>> {
         let mut line = member.serving.line.subscribe();
         let there = timeout(SERVE_WITHIN, line.wait_for(Option::is_some)).await;
         let there = there.context("the volume server of this node does not run")??;
@@ -452,6 +458,11 @@ impl Agent {
         }
     }
 
+    /// Whether slabs of a volume wait for its journal.
+    fn frees(&self, volume: &str) -> bool {
+        self.state().luns.get(volume).is_some_and(|lun| lun.freed_slabs() > 0)
+    }
+
     async fn answer(&self, member: &'static Member, ask: Ask) -> Answer {
         let by = format!("node {}", member.me);
         let (command, disk) = match ask {
@@ -467,7 +478,16 @@ impl Agent {
                 (Command::MapSlabs { vm: disk.vm, disk: disk.disk, tenure, wanted }, Some(disk))
             }
         };
+        let volume = match &command {
+            Command::TakeSlabs { volume, .. } => volume.clone(),
+            _ => String::new(),
+        };
         match self.execute(&by, command).await {
+            // Some will be free in a moment.
+            Ok(Reply::Slabs(slabs)) if slabs.is_empty() && self.frees(&volume) => {
+                sleep(ASK_AGAIN).await;
+                Answer::Unknown
+            }
             Ok(Reply::Slabs(slabs)) => Answer::Slabs(slabs),
             Ok(Reply::Mapped(found)) => {
                 // Before the volume server hears of it: a guest that writes there may be

@@ -8,6 +8,7 @@
 //! It keeps nothing: a new life of it gets its sockets from the keeper and its disks
 //! from the agent, and QEMU, which only waited, sends again what had no answer.
 
+mod journal;
 pub mod protocol;
 mod slabs;
 mod sockets;
@@ -36,7 +37,8 @@ use holdfast_volume::{Export, Fence, Lun, LunDisk, Server};
 use uuid::Uuid;
 
 use crate::realtime::{LeasePage, boot_time};
-use protocol::{Call, Disk, DiskId, LONGEST_LINE, ToAgent, ToServer};
+use journal::Journals;
+use protocol::{Call, Description, Disk, DiskId, LONGEST_LINE, ToAgent, ToServer};
 use slabs::{News, Slabs};
 use sockets::Sockets;
 
@@ -120,6 +122,8 @@ enum Begun {
     Serve(u64, Disk),
     /// One disk, or others than some; and what was served of them.
     Withdraw(Option<(u64, Disk)>, Withdrawal),
+    Describe(Box<Description>),
+    EndDescription(Uuid),
 }
 
 /// Disks that are to be withdrawn.
@@ -148,6 +152,7 @@ struct Disks {
     generation: u64,
     line: Sender<News>,
     book: Mutex<Book>,
+    journals: Journals,
 }
 
 /// Serves until the keeper is gone or kills it.
@@ -166,7 +171,15 @@ pub fn serve(channel_to_keeper: OwnedFd, control: &Path) -> anyhow::Result<()> {
         slabs::run(&inbox, &theirs);
     })?;
     let book = Mutex::default();
-    let disks = Arc::new(Disks { server, sockets, lease: Arc::new(lease), generation, line, book });
+    let disks = Arc::new(Disks {
+        server,
+        sockets,
+        lease: Arc::new(lease),
+        generation,
+        line,
+        book,
+        journals: Journals::default(),
+    });
     obey(&disks, &listener)
 }
 
@@ -243,11 +256,21 @@ impl Disks {
                 let kept: BTreeSet<_> = kept.into_iter().collect();
                 Begun::Withdraw(None, book.take_out(|id| !kept.contains(id)))
             }
+            Call::Describe(description) => Begun::Describe(Box::new(description)),
+            Call::EndDescription { volume_id, epoch } => {
+                self.journals.end(volume_id, epoch);
+                Begun::EndDescription(volume_id)
+            }
         }
     }
 
     fn finish(&self, begun: Begun) -> anyhow::Result<()> {
         let (number, done) = match begun {
+            Begun::Describe(description) => return self.journals.write(Arc::new(self.right(true)), &description),
+            Begun::EndDescription(volume) => {
+                self.journals.close(volume);
+                return Ok(());
+            }
             Begun::Serve(number, disk) => (Some(number), self.serve(number, disk)),
             Begun::Withdraw(None, gone) => (None, self.withdraw(None, gone)),
             Begun::Withdraw(Some((number, disk)), gone) => (Some(number), self.withdraw(Some(&disk), gone)),

@@ -2,6 +2,7 @@
 //! over `volume.sock`, a [`ToServer`] one way, a [`ToAgent`] the other. The server
 //! keeps nothing: whatever it has to serve, the agent says again to each new life.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use holdfast_core::{Mapped, Slabs, Tenure, VmId};
@@ -89,6 +90,47 @@ pub enum Call {
     Withdraw(Disk),
     /// Serve no others than these. Done when nothing of others is under way.
     Only(Vec<DiskId>),
+    /// Describe a LUN's files on it. Done when that is on stable storage.
+    Describe(Description),
+    /// Describe it no more under this epoch. Done when nothing of it is under way.
+    EndDescription {
+        /// The volume's identity.
+        volume_id: Uuid,
+        /// The epoch of its journal.
+        epoch: u64,
+    },
+}
+
+/// What a LUN's journal is to say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The volume's name.
+    pub volume: String,
+    /// Its identity, also written on it.
+    pub volume_id: Uuid,
+    /// The cluster that it belongs to.
+    pub cluster: Uuid,
+    /// The device that it is on, here.
+    pub device: PathBuf,
+    /// The epoch under which it is written.
+    pub epoch: u64,
+    /// The revision of the files: one that is older than what is there is not written.
+    pub revision: u64,
+    /// The files by name: their sizes in bytes, and where their parts are.
+    pub files: BTreeMap<String, (u64, Vec<Mapped>)>,
+    /// Write all of it anew, whatever is there.
+    pub repair: Option<Known>,
+}
+
+/// What is known of a LUN elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    /// The size of its slabs in bytes.
+    pub slab_bytes: u64,
+    /// How many there are.
+    pub slabs: u32,
+    /// When it became a volume, milliseconds since the Unix epoch.
+    pub made_ms: u64,
 }
 
 /// What came of a question.

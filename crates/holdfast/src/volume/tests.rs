@@ -5,6 +5,7 @@ use std::fs::File;
 use holdfast_core::{Epoch, NodeId, NodeTerm, Tenure, VmId};
 use holdfast_volume::lun::{Identity, Store};
 
+use super::protocol::Known;
 use super::*;
 
 const SLAB: u64 = 16 << 20;
@@ -28,6 +29,7 @@ impl World {
             generation: 0,
             line,
             book: Mutex::default(),
+            journals: Journals::default(),
         };
         World { dir: tempfile::tempdir().unwrap(), disks: Arc::new(disks) }
     }
@@ -117,4 +119,94 @@ fn a_disk_is_not_said_to_be_withdrawn_while_an_earlier_call_withdraws_it() {
             second.join().unwrap();
         });
     }
+}
+
+/// What is to be said of a LUN on which a disk was made.
+fn description(disk: &Disk, epoch: u64, revision: u64, slabs: &[u32]) -> Description {
+    let parts = slabs.iter().zip(0..).map(|(slab, part)| (part, *slab, 1).into()).collect();
+    Description {
+        volume: disk.volume.clone(),
+        volume_id: disk.volume_id,
+        cluster: Uuid::nil(),
+        device: disk.device.clone(),
+        epoch,
+        revision,
+        files: [("vms/web/disk0.raw".to_owned(), (4 * SLAB, parts))].into(),
+        repair: None,
+    }
+}
+
+/// The slabs of the one file that a LUN describes, and the epoch and the revision of that.
+fn described(disk: &Disk) -> (Vec<u32>, u64, u64) {
+    let store = Store::open(Lun::open(&disk.device).unwrap()).unwrap();
+    let slabs = store.contents().files().flat_map(|(_, file)| file.parts().map(|(_, slab)| slab)).collect();
+    (slabs, store.epoch(), store.revision())
+}
+
+#[test]
+fn a_lun_is_described_as_it_is_agreed_on_and_never_as_it_was() {
+    let world = World::new();
+    let disk = world.disk(1);
+    let say = |epoch, revision, slabs: &[u32]| world.call(Call::Describe(description(&disk, epoch, revision, slabs)));
+    say(1, 5, &[3]).unwrap();
+    assert_eq!(described(&disk), (vec![3], 1, 5));
+    say(1, 7, &[2, 3]).unwrap();
+    // An agent that has just come has not read of everything yet.
+    say(1, 6, &[3]).unwrap();
+    assert_eq!(described(&disk), (vec![2, 3], 1, 7));
+    say(3, 8, &[4]).unwrap();
+    assert_eq!(described(&disk), (vec![4], 3, 8));
+    assert!(say(2, 9, &[5]).unwrap_err().to_string().contains("epoch"));
+    world.call(Call::EndDescription { volume_id: disk.volume_id, epoch: 3 }).unwrap();
+    assert!(say(3, 9, &[5]).is_err(), "it has ended");
+    say(4, 9, &[5]).unwrap();
+    assert_eq!(described(&disk), (vec![5], 4, 9));
+    let renamed = Description { volume: "tank".into(), ..description(&disk, 4, 10, &[5]) };
+    world.call(Call::Describe(renamed)).unwrap();
+    assert_eq!(Superblock::read(&Lun::open(&disk.device).unwrap()).unwrap().identity.name, "tank");
+    let theirs = Description { cluster: Uuid::from_u128(9), ..description(&disk, 5, 11, &[5]) };
+    world.call(Call::EndDescription { volume_id: disk.volume_id, epoch: 4 }).unwrap();
+    assert!(world.call(Call::Describe(theirs)).unwrap_err().to_string().contains("another cluster"));
+}
+
+#[test]
+fn nothing_is_described_without_the_lease() {
+    let world = World::new();
+    let disk = world.disk(1);
+    world.call(Call::Describe(description(&disk, 1, 1, &[3]))).unwrap();
+    world.disks.lease.ends.store(0, Ordering::SeqCst);
+    for _ in 0..2 {
+        assert!(world.call(Call::Describe(description(&disk, 1, 2, &[4]))).is_err());
+    }
+    assert_eq!(described(&disk), (vec![3], 1, 1));
+}
+
+#[test]
+fn a_description_that_is_lost_is_written_anew_on_its_own_device_only() {
+    let world = World::new();
+    let (disk, other) = (world.disk(1), world.disk(2));
+    world.call(Call::Describe(description(&disk, 1, 1, &[3]))).unwrap();
+    world.call(Call::EndDescription { volume_id: disk.volume_id, epoch: 1 }).unwrap();
+    let lun = Lun::open(&disk.device).unwrap();
+    let geometry = Superblock::read(&lun).unwrap().geometry;
+    for at in [0, 2 << 20] {
+        lun.wipe(at, 4096).unwrap();
+    }
+    let known = Known { slab_bytes: geometry.slab_bytes, slabs: geometry.slabs, made_ms: 0 };
+    let plain = description(&disk, 2, 2, &[3, 5]);
+    assert!(world.call(Call::Describe(plain.clone())).is_err());
+    let repair = Description { repair: Some(known), ..plain };
+    let wrong = Description { device: other.device.clone(), ..repair.clone() };
+    assert!(world.call(Call::Describe(wrong)).unwrap_err().to_string().contains("holds another volume"));
+    let blank = world.dir.path().join("blank");
+    File::create(&blank).unwrap().set_len(128 << 20).unwrap();
+    let wrong = Description { device: blank, ..repair.clone() };
+    assert!(world.call(Call::Describe(wrong)).unwrap_err().to_string().contains("nothing on"));
+    let smaller = Known { slabs: known.slabs - 1, ..known };
+    let wrong = Description { repair: Some(smaller), ..repair.clone() };
+    assert!(world.call(Call::Describe(wrong)).unwrap_err().to_string().contains("both superblocks"));
+    world.call(Call::Describe(repair)).unwrap();
+    assert_eq!(described(&disk), (vec![3, 5], 2, 2));
+    world.call(Call::Describe(description(&disk, 2, 3, &[3]))).unwrap();
+    assert_eq!(described(&disk), (vec![3], 2, 3));
 }
