@@ -63,6 +63,12 @@ pub enum Broken {
     /// The witness is to be hosted by a node that cannot, or its epoch goes back.
     #[error("node {0} is to host the witness but is not up, or an epoch of it is told that is not new")]
     Witness(NodeId),
+    /// A volume gets an owner that is not up, or while another may do I/O for others.
+    #[error("volume {0:?} gets an owner that is not up, or before the last one's right is over")]
+    Owner(String),
+    /// A VM is moved that does not run in one place, or to where it cannot.
+    #[error("VM {0}: a move is begun that is not from one node that is up to another")]
+    MoveAway(VmId),
     /// A migration is ended that is not under way, or without its end's word.
     #[error("VM {0}: a migration is ended without the word of the end that has the guest")]
     Move(VmId),
@@ -86,6 +92,8 @@ pub fn check(state: &ClusterState, plan: &Plan) -> Result<(), Broken> {
 struct Account {
     up: BTreeMap<NodeId, (bool, NodeTerm)>,
     rights: BTreeMap<VmId, Vec<Tenure>>,
+    /// Who owns volumes on LUNs.
+    owners: BTreeMap<String, Owner>,
 }
 
 impl Account {
@@ -93,6 +101,7 @@ impl Account {
         Account {
             up: state.nodes.values().map(|node| (node.id, (node.membership == Membership::Up, node.term))).collect(),
             rights: state.vms.values().map(|vm| (vm.id, vm.tenures().copied().collect())).collect(),
+            owners: state.luns.iter().filter_map(|(name, lun)| Some((name.clone(), lun.access.owner?))).collect(),
         }
     }
 
@@ -144,6 +153,31 @@ impl Account {
                 if !told || !newer {
                     return Err(Broken::Witness(*node));
                 }
+            }
+            Action::OwnVolume { volume, to, after } => {
+                let over = match (self.owners.remove(volume), after) {
+                    (None, None) => true,
+                    (Some(owner), Some(Evidence::TermOver)) => {
+                        self.up.get(&owner.node).is_none_or(|(up, term)| !up || *term != owner.term)
+                    }
+                    // It was told to take nothing new before, in a plan of its own.
+                    (Some(owner), Some(Evidence::Exited)) => owner.leaving,
+                    _ => false,
+                };
+                let up = to.is_none_or(|to| self.up.get(&to).is_some_and(|(up, _)| *up));
+                if !state.luns.contains_key(volume) || !over || !up {
+                    return Err(Broken::Owner(volume.clone()));
+                }
+            }
+            Action::MoveAway { vm, to } => {
+                let rights = self.rights.get(vm).map_or(&[][..], Vec::as_slice);
+                let [from] = *rights else { return Err(Broken::MoveAway(*vm)) };
+                let Some((true, term)) = self.up.get(to).copied() else { return Err(Broken::MoveAway(*vm)) };
+                if self.is_void(&from) || from.node == *to {
+                    return Err(Broken::MoveAway(*vm));
+                }
+                self.rights.insert(*vm, vec![from, Tenure { node: *to, term, epoch: Epoch(0) }]);
+                self.memory(state, *to)?;
             }
             Action::FinishMove { vm, .. } | Action::AbortMove { vm } => {
                 let Some(Placement::Moving { from, to, stage, .. }) = state.vms.get(vm).map(|vm| &vm.placement) else {

@@ -22,6 +22,16 @@ pub fn explain(state: &ClusterState, vm: &Vm) -> Vec<Line> {
     lines
 }
 
+/// The volume that a VM's node does not reach, neither by itself nor through another,
+/// and why: the guest's I/O waits.
+pub fn waits_for<'a>(state: &'a ClusterState, vm: &'a Vm) -> Option<(&'a str, &'a str)> {
+    let node = vm.node()?;
+    vm.spec.disks.iter().find_map(|disk| match &state.reached(&disk.volume, node)?.path {
+        LunPath::Unavailable { why } => Some((disk.volume.as_str(), why.as_str())),
+        LunPath::Direct | LunPath::Redirected { .. } => None,
+    })
+}
+
 /// How a VM stands, in one sentence.
 pub fn standing(state: &ClusterState, vm: &Vm) -> String {
     let name = &vm.name;
@@ -70,7 +80,10 @@ pub fn standing(state: &ClusterState, vm: &Vm) -> String {
                 Seen::Paused => "is paused",
                 Seen::Stopping => "shuts down",
             };
-            format!("{name} {how} on {node} (epoch {}, term {} of the node)", tenure.epoch, tenure.term)
+            let waits = waits_for(state, vm).map_or_else(String::new, |(volume, why)| {
+                format!("; what it asks of volume {volume} waits until a path to it is back: {why}")
+            });
+            format!("{name} {how} on {node} (epoch {}, term {} of the node){waits}", tenure.epoch, tenure.term)
         }
         (_, Placement::Moving { from, to, job, .. }) => format!(
             "{name} is being migrated from {} (epoch {}) to {} (epoch {}) by job {job}",

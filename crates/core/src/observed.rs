@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::model::*;
 
@@ -65,6 +66,13 @@ pub struct NodeReport {
     pub work: BTreeMap<JobId, WorkReport>,
     /// Volumes that it does not reach, and why.
     pub unreachable: BTreeMap<String, String>,
+    /// How it reaches volumes on LUNs, by their identities.
+    #[serde(default)]
+    pub paths: BTreeMap<Uuid, LunPath>,
+    /// Volumes of which it does no I/O for others any more, up to which epoch of their
+    /// owner.
+    #[serde(default)]
+    pub left: BTreeMap<Uuid, Epoch>,
     /// How it stands to the witness.
     #[serde(default)]
     pub witness: Option<WitnessReport>,

@@ -38,6 +38,14 @@ pub enum Denial {
         /// What the VM needs, in bytes.
         wanted: u64,
     },
+    /// It does not reach a volume that the VM has disks on, neither by itself nor
+    /// through another node.
+    NoPath {
+        /// The volume.
+        volume: String,
+        /// Why.
+        why: String,
+    },
     /// The VM crashed there too often.
     Crashed,
 }
@@ -55,6 +63,7 @@ impl fmt::Display for Denial {
             Denial::Memory { left, wanted } => {
                 write!(f, "has {} MiB free, {} MiB are needed", left >> 20, wanted.div_ceil(1 << 20))
             }
+            Denial::NoPath { volume, why } => write!(f, "does not reach volume {volume}: {why}"),
             Denial::Crashed => write!(f, "crashed it too often"),
         }
     }
@@ -86,6 +95,9 @@ pub fn fits(state: &ClusterState, node: &Node, vm: Option<VmId>, spec: &VmSpec) 
     if !node.offers(&spec.machine) {
         return Err(Denial::NoMachine(spec.machine.clone()));
     }
+    if let Some(denial) = spec.disks.iter().find_map(|disk| no_path(state, node, &disk.volume)) {
+        return Err(denial);
+    }
     if spec.cpus > node.facts.cpus {
         return Err(Denial::Cpus { wanted: spec.cpus, has: node.facts.cpus });
     }
@@ -99,8 +111,24 @@ pub fn fits(state: &ClusterState, node: &Node, vm: Option<VmId>, spec: &VmSpec) 
     left.checked_sub(wanted).ok_or(Denial::Memory { left, wanted })
 }
 
-/// The best node for a VM: with KVM if any has it, answered lately if any was,
-/// then the one whose scarcer resource, memory or processors, stays freest.
+/// Whether a node reaches every disk of a VM by itself, or has not said otherwise.
+pub fn reaches_directly(state: &ClusterState, node: NodeId, spec: &VmSpec) -> bool {
+    spec.disks.iter().all(|disk| {
+        let by_hand = state.luns.get(&disk.volume).is_some_and(|lun| lun.access.redirected.contains(&node));
+        !by_hand && state.reached(&disk.volume, node).is_none_or(|reached| reached.path == LunPath::Direct)
+    })
+}
+
+/// A node without a path of its own goes through the volume's owner, if there is one.
+fn no_path(state: &ClusterState, node: &Node, volume: &str) -> Option<Denial> {
+    let LunPath::Unavailable { why } = &state.reached(volume, node.id)?.path else { return None };
+    let owned = state.owner(volume).is_some_and(|owner| owner.node != node.id && state.is_fit(volume, owner.node));
+    (!owned).then(|| Denial::NoPath { volume: volume.into(), why: why.clone() })
+}
+
+/// The best node for a VM: answered lately if any was, with a path of its own to the
+/// VM's disks if any has one, with KVM if any has it, then the one whose scarcer
+/// resource, memory or processors, stays freest.
 ///
 /// `quiet` names nodes that were not answered lately: they may be dying, so they
 /// are taken only when nobody else has room.
@@ -112,7 +140,7 @@ pub fn choose(
     quiet: &[NodeId],
 ) -> Result<(NodeId, u64), Vec<(NodeId, Denial)>> {
     let mut denials = Vec::new();
-    let mut best: Option<((bool, Accelerator, u64), NodeId, u64)> = None;
+    let mut best = None::<(_, NodeId, u64)>;
     for node in state.nodes.values() {
         let free = match fits(state, node, Some(vm), spec) {
             Ok(_) if avoid.contains(&node.id) => Err(Denial::Crashed),
@@ -121,7 +149,9 @@ pub fn choose(
         match free {
             Err(denial) => denials.push((node.id, denial)),
             Ok(free) => {
-                let rank = (!quiet.contains(&node.id), node.facts.accelerator, freeness(state, node, vm, spec, free));
+                let direct = reaches_directly(state, node.id, spec);
+                let room = freeness(state, node, vm, spec, free);
+                let rank = (!quiet.contains(&node.id), direct, node.facts.accelerator, room);
                 if best.as_ref().is_none_or(|(known, ..)| rank > *known) {
                     best = Some((rank, node.id, free));
                 }

@@ -2,6 +2,7 @@
 
 mod migration;
 mod vm;
+mod volume;
 mod witness;
 
 use serde::{Deserialize, Serialize};
@@ -159,6 +160,36 @@ pub enum Action {
         /// Why not.
         why: Option<String>,
     },
+    /// A node said how it reaches a volume on a LUN.
+    PathIs {
+        /// The volume.
+        volume: String,
+        /// Which node.
+        node: NodeId,
+        /// How.
+        path: LunPath,
+    },
+    /// The owner of a volume is to take nothing new and to end what is under way.
+    LeaveVolume {
+        /// The volume.
+        volume: String,
+    },
+    /// A volume gets an owner, under a new epoch, or has none any more.
+    OwnVolume {
+        /// The volume.
+        volume: String,
+        /// Who; `None`: nobody can.
+        to: Option<NodeId>,
+        /// What shows that the last owner's right is over, if there was one.
+        after: Option<Evidence>,
+    },
+    /// A VM moves while it runs, because its node reaches its disks only through another.
+    MoveAway {
+        /// Which.
+        vm: VmId,
+        /// Where to.
+        to: NodeId,
+    },
     /// No lease longer than the profile's is out any more.
     LeasesSettled,
 }
@@ -172,12 +203,13 @@ pub struct Ended {
     pub evidence: Evidence,
 }
 
-/// What shows that a right to run a VM is over.
+/// What shows that a right to run a VM, or to own a volume, is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Evidence {
     /// The node's term is over: it was lost or admitted anew.
     TermOver,
-    /// The node said that this epoch's QEMU is dead or never was.
+    /// The node said that this epoch's QEMU is dead or never was; of a volume, that
+    /// nothing of this epoch is under way and nothing is taken any more.
     Exited,
 }
 
@@ -189,6 +221,7 @@ pub fn plan(state: &ClusterState, observed: &Observed, now_ms: u64) -> Plan {
     let mut planner = Planner { state: state.without_history(), observed, now_ms, decisions: Vec::new() };
     planner.nodes();
     planner.witness();
+    planner.volumes();
     let mut vms: Vec<_> =
         planner.state.vms.values().map(|vm| (std::cmp::Reverse(vm.spec.priority), vm.created_ms, vm.id)).collect();
     vms.sort_unstable();

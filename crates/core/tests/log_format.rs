@@ -122,3 +122,35 @@ fn slabs_in_the_log_and_in_a_snapshot() {
     assert_eq!(lab.ask(map.clone()), Reply::Mapped(vec![(7, 1, 2).into()]));
     golden("slabs.json", &(take, map, lab.state.luns));
 }
+
+#[test]
+fn owners_and_paths_in_the_log_and_in_a_snapshot() {
+    let mut lab = Lab::new(2);
+    let kind = VolumeKind::Lun { device: "/dev/sdb".into(), slab_bytes: 16 << 20, slabs: 100 };
+    let id = Uuid::from_u128(9);
+    lab.ask(Command::AddVolume { name: "san".into(), id, kind });
+    let away = LunPath::Redirected { why: "input/output error".into(), through: NodeId(1) };
+    for (node, path) in [(1, LunPath::Direct), (2, away)] {
+        let known = lab.state.nodes[&NodeId(node)].clone();
+        let report = lab.observed.nodes.entry(known.id).or_default().report.get_or_insert_default();
+        (report.incarnation, report.term) = (known.incarnation, known.term);
+        report.paths.insert(id, path);
+    }
+    let plan = plan(&lab.state, &lab.observed, lab.now_ms);
+    lab.plan();
+    let commands = [
+        Command::SetRedirect { volume: "san".into(), node: NodeId(2), redirect: true },
+        Command::RenameVolume { name: "san".into(), new: "fast".into() },
+        Command::SetRedirectPatience { seconds: 30 },
+    ];
+    for command in &commands {
+        assert_eq!(lab.ask(command.clone()), Reply::Done);
+    }
+    let set = Command::SetOwner { volume: "fast".into(), node: NodeId(2) };
+    let decisions = [
+        Action::LeaveVolume { volume: "fast".into() },
+        Action::OwnVolume { volume: "fast".into(), to: None, after: Some(Evidence::TermOver) },
+        Action::MoveAway { vm: WEB, to: NodeId(2) },
+    ];
+    golden("owners.json", &(plan.decisions, commands, set, decisions, lab.state.luns));
+}

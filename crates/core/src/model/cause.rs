@@ -136,6 +136,24 @@ pub enum Cause {
         /// Which node.
         node: NodeId,
     },
+    /// A node does not reach a volume by itself.
+    PathAway {
+        /// Which node.
+        node: NodeId,
+        /// The volume.
+        volume: String,
+        /// What is in the way.
+        why: String,
+    },
+    /// A node reaches a volume by itself, and owns the fewest others of those that do.
+    FewestVolumes {
+        /// Which node.
+        node: NodeId,
+        /// How many others it owns.
+        owned: usize,
+    },
+    /// No node reaches a volume by itself.
+    NoPath,
     /// Nobody that is up has room.
     NoRoom {
         /// What each node lacks.
@@ -212,6 +230,13 @@ impl fmt::Display for Cause {
                 write!(f, "no other node than the coordinator, node {coordinator}, can host the witness now")
             }
             Cause::Told { node } => write!(f, "node {node} said so"),
+            Cause::PathAway { node, volume, why } => {
+                write!(f, "node {node} does not reach volume {volume} by itself: {why}")
+            }
+            Cause::FewestVolumes { node, owned } => {
+                write!(f, "node {node} reaches it by itself, and owns {owned} other volumes")
+            }
+            Cause::NoPath => write!(f, "no node reaches it by itself"),
             Cause::NoRoom { why } => write!(f, "no node has room: {why}"),
             Cause::BudgetSpent { crashes, window_s, detail } => {
                 write!(f, "it crashed {crashes} times in {window_s} s, the last time: {detail}")

@@ -73,6 +73,14 @@ pub struct Settings {
     pub crash_budget: u32,
     /// How long a crash counts, in seconds.
     pub crash_window_s: u64,
+    /// How long a node may reach a LUN only through another before its VMs move to one
+    /// that reaches it by itself, in seconds.
+    #[serde(default = "redirect_patience_s")]
+    pub redirect_patience_s: u64,
+}
+
+fn redirect_patience_s() -> u64 {
+    60
 }
 
 impl Default for Settings {
@@ -83,6 +91,7 @@ impl Default for Settings {
             cpu_overcommit: 8,
             crash_budget: 3,
             crash_window_s: 600,
+            redirect_patience_s: redirect_patience_s(),
         }
     }
 }

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Freed, Journal, NodeId, NodeTerm, VmId};
+use super::{Access, Freed, Journal, NodeId, NodeTerm, VmId};
 
 /// A run of slabs: the first, and how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +84,9 @@ pub struct Lun {
     /// Its files are still being read from it: nobody uses it yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub importing: bool,
+    /// Who owns it, and how nodes reach it.
+    #[serde(default, skip_serializing_if = "Access::is_new")]
+    pub access: Access,
 }
 
 impl Lun {
@@ -99,7 +102,14 @@ impl Lun {
             revision: 0,
             journal: Journal::default(),
             importing: false,
+            access: Access::default(),
         }
+    }
+
+    /// A copy without who has which slab.
+    pub(crate) fn without_slabs(&self) -> Self {
+        let (importing, access) = (self.importing, self.access.clone());
+        Lun { importing, access, free: Vec::new(), ..Lun::new(self.slab_bytes, self.slabs) }
     }
 
     /// How many slabs nobody has.

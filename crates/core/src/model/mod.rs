@@ -1,5 +1,6 @@
 //! What a cluster consists of, in the words of the field.
 
+mod access;
 mod cause;
 mod cluster;
 mod fencing;
@@ -12,6 +13,7 @@ mod node;
 mod vm;
 mod witness;
 
+pub use access::*;
 pub use cause::*;
 pub use cluster::*;
 pub use fencing::*;

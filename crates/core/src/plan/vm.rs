@@ -2,7 +2,7 @@
 
 use crate::model::*;
 use crate::observed::Run;
-use crate::placement;
+use crate::placement::{self, Denial};
 
 use super::{Action, Ended, Evidence, Planner};
 
@@ -115,6 +115,7 @@ impl Planner<'_> {
         }
         if !ended {
             self.give_up_waiting(vm);
+            self.leave_bad_path(vm, tenure);
         }
     }
 
@@ -154,6 +155,10 @@ impl Planner<'_> {
         }
         match placement::choose(&self.state, vm.id, &vm.spec, &spent, &self.quiet()) {
             Ok((node, _)) if in_all < 2 * budget => self.decide(Action::Place { vm: vm.id, node, after }, cause),
+            // No fault of its own: it waits until somebody reaches its disks.
+            Err(denials) if denials.iter().any(|(_, denial)| matches!(denial, Denial::NoPath { .. })) => {
+                self.place_anew(vm, after, cause);
+            }
             _ => {
                 let why = format!("{cause}; {} crashes in the last {window_s} s", in_all + 1);
                 self.decide(Action::Vacate { vm: vm.id, after }, cause);

@@ -169,6 +169,36 @@ pub enum Command {
         /// Its name.
         name: String,
     },
+    /// Renames a volume of which no VM that runs has a file open.
+    RenameVolume {
+        /// Its name.
+        name: String,
+        /// Its new name.
+        new: String,
+    },
+    /// Wants a volume on a LUN owned by a node.
+    SetOwner {
+        /// The volume.
+        volume: String,
+        /// The node.
+        node: NodeId,
+    },
+    /// Wants a node to reach a volume on a LUN through its owner although it need not,
+    /// or not any more.
+    SetRedirect {
+        /// The volume.
+        volume: String,
+        /// The node.
+        node: NodeId,
+        /// Whether it is to.
+        redirect: bool,
+    },
+    /// Chooses after how long VMs leave a node that reaches their disks only through
+    /// another.
+    SetRedirectPatience {
+        /// How long, in seconds.
+        seconds: u64,
+    },
     /// A node takes free slabs of a LUN, to zero them. Answered by [`Reply::Slabs`].
     TakeSlabs {
         /// The volume.

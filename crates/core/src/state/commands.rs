@@ -115,6 +115,15 @@ impl ClusterState {
                 self.event(at_ms, Severity::Info, format!("volume {name}"), format!("{by} removed it; its files stay"));
                 Ok(Reply::Done)
             }
+            Command::RenameVolume { name, new } => self.rename_volume(at_ms, by, &name, &new),
+            Command::SetOwner { volume, node } => self.set_owner(at_ms, by, &volume, node),
+            Command::SetRedirect { volume, node, redirect } => self.set_redirect(at_ms, by, &volume, node, redirect),
+            Command::SetRedirectPatience { seconds } => {
+                self.settings.redirect_patience_s = seconds;
+                let text = format!("{by} lets VMs leave a node whose I/O has been redirected for {seconds} s");
+                self.event(at_ms, Severity::Info, "cluster", text);
+                Ok(Reply::Done)
+            }
             Command::TakeSlabs { volume, node, term, known, most } => {
                 self.take_slabs(&volume, node, term, &known, most)
             }
@@ -217,6 +226,7 @@ impl ClusterState {
         }
         self.nodes.remove(&id);
         self.fencing.remove(&id);
+        self.luns.values_mut().for_each(|lun| lun.access.forget(id));
         self.find_networks();
         self.event(at_ms, Severity::Info, format!("node {name}"), format!("{by} removed it"));
         Ok(Reply::Done)

@@ -130,6 +130,14 @@ impl ClusterState {
             Action::SeatWitness { host } => self.seat_witness(at_ms, *host),
             Action::WitnessHosted { node, epoch } => self.witness_hosted(at_ms, *node, *epoch),
             Action::WitnessTrouble { node, why } => self.witness_trouble(at_ms, *node, why.as_ref()),
+            Action::PathIs { volume, node, path } => self.path_is(at_ms, volume, *node, path),
+            Action::LeaveVolume { volume } => self.leave_volume(at_ms, volume, cause),
+            Action::OwnVolume { volume, to, after } => self.own_volume(at_ms, volume, *to, *after, cause),
+            Action::MoveAway { vm, to } => {
+                if let Ok((from, to)) = self.can_move(*vm, Some(*to)) {
+                    self.begin_move(at_ms, "coordinator", *vm, from, to, cause.clone());
+                }
+            }
             Action::LeasesSettled => self.settings.longest_lease = self.settings.profile.timing(),
         }
     }

@@ -1,5 +1,6 @@
 //! The one truth: the replicated state and how it changes.
 
+mod access;
 mod command;
 mod commands;
 mod decisions;
@@ -136,7 +137,7 @@ impl ClusterState {
             networks: self.networks.clone(),
             switches: self.switches.clone(),
             volumes: self.volumes.clone(),
-            luns: BTreeMap::new(),
+            luns: self.luns.iter().map(|(name, lun)| (name.clone(), lun.without_slabs())).collect(),
             vms: self.vms.clone(),
             jobs: self.running_jobs().map(|job| (job.id, job.clone())).collect(),
             last_job: self.last_job,
@@ -165,6 +166,22 @@ impl ClusterState {
     /// admitted anew since.
     pub fn is_void(&self, tenure: &Tenure) -> bool {
         self.nodes.get(&tenure.node).is_none_or(|node| !node.is_up() || node.term != tenure.term)
+    }
+
+    /// Whether the right of a volume's owner is void.
+    pub fn is_owner_void(&self, owner: &Owner) -> bool {
+        self.nodes.get(&owner.node).is_none_or(|node| !node.is_up() || node.term != owner.term)
+    }
+
+    /// Who owns a volume, if its right is not void.
+    pub fn owner(&self, volume: &str) -> Option<&Owner> {
+        self.luns.get(volume)?.access.owner.as_ref().filter(|owner| !self.is_owner_void(owner))
+    }
+
+    /// What a node said in the term that it is in of its path to a volume on a LUN.
+    pub fn reached(&self, volume: &str, node: NodeId) -> Option<&Reached> {
+        let node = self.nodes.get(&node).filter(|node| node.is_up())?;
+        self.luns.get(volume)?.access.reached(node.id, node.term)
     }
 
     /// The jobs that go on.

@@ -203,6 +203,13 @@ impl ClusterState {
     }
 
     pub(super) fn migrate_vm(&mut self, at_ms: u64, by: &str, id: VmId, to: Option<NodeId>) -> Executed {
+        let (from, to) = self.can_move(id, to)?;
+        Ok(Reply::Job(self.begin_move(at_ms, by, id, from, to, Cause::Requested { by: by.into() })))
+    }
+
+    /// From where to where a VM would be migrated; to the node with the most room when
+    /// none is named.
+    pub(crate) fn can_move(&self, id: VmId, to: Option<NodeId>) -> Result<(Tenure, NodeId), Refusal> {
         let vm = self.ready_vm(id)?;
         let name = vm.name.clone();
         let from = match &vm.placement {
@@ -254,17 +261,34 @@ impl ClusterState {
                 source.name, source.facts.accelerator, target.name, target.facts.accelerator
             )));
         }
-        let (term, target_name) = (target.term, target.name.clone());
+        Ok((from, to))
+    }
+
+    pub(super) fn begin_move(
+        &mut self,
+        at_ms: u64,
+        by: &str,
+        id: VmId,
+        from: Tenure,
+        to: NodeId,
+        cause: Cause,
+    ) -> JobId {
+        let (target_name, term) = (self.node_name(to), self.nodes.get(&to).map_or(NodeTerm(0), |node| node.term));
+        let name = self.vms.get(&id).map(|vm| vm.name.clone()).unwrap_or_default();
         self.supersede_jobs(at_ms, id);
         let job = self.begin_job(at_ms, by, Work::Migrate { from: from.node, to }, id, &name);
         if let Some(vm) = self.vms.get_mut(&id) {
             vm.last_epoch = vm.last_epoch.next();
             let to = Tenure { node: to, term, epoch: vm.last_epoch };
             vm.placement = Placement::Moving { from, to, job, stage: MoveStage::Preparing, cancel: false };
-            vm.remember(at_ms, format!("to be migrated to {target_name}"), Cause::Requested { by: by.into() });
+            vm.remember(at_ms, format!("to be migrated to {target_name}"), cause.clone());
         }
-        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} migrates it to {target_name}"));
-        Ok(Reply::Job(job))
+        let why = match cause {
+            Cause::Requested { .. } => String::new(),
+            cause => format!(": {cause}"),
+        };
+        self.event(at_ms, Severity::Info, format!("vm {name}"), format!("{by} migrates it to {target_name}{why}"));
+        job
     }
 
     pub(super) fn cancel_job(&mut self, at_ms: u64, by: &str, id: JobId) -> Executed {

@@ -39,8 +39,13 @@ impl Run {
 
     pub(super) fn unreachable(&mut self, volumes: &[(String, NodeId)]) {
         for (volume, node) in volumes {
+            let lun = self.state.volumes.get(volume).filter(|_| self.state.luns.contains_key(volume));
             if let Some(report) = self.observed.nodes.entry(*node).or_default().report.as_mut() {
-                report.unreachable.insert(volume.clone(), "it is supposed so".into());
+                let why = "it is supposed so".to_owned();
+                match lun {
+                    Some(lun) => drop(report.paths.insert(lun.id, LunPath::Unavailable { why })),
+                    None => drop(report.unreachable.insert(volume.clone(), why)),
+                }
             }
         }
     }
@@ -97,6 +102,13 @@ impl Run {
 
     /// What nodes would say of what they were told.
     fn nodes_answer(&mut self) {
+        for (name, lun) in &self.state.luns {
+            let (Some(owner), Some(volume)) = (lun.access.owner, self.state.volumes.get(name)) else { continue };
+            let report = self.observed.nodes.get_mut(&owner.node).and_then(|seen| seen.report.as_mut());
+            if let Some(report) = report.filter(|_| owner.leaving) {
+                report.left.insert(volume.id, owner.epoch);
+            }
+        }
         let vms: Vec<_> = self.state.vms.values().cloned().collect();
         for vm in vms {
             match &vm.placement {
