@@ -10,9 +10,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use crate::buffer::Pool;
+use crate::buffer::{Buffer, Pool};
 use crate::export::{Fence, Open, OpenError, end, open};
-use crate::lun::Device;
+use crate::lun::{Device, PAGE_BYTES};
+use crate::nbd::client::Address;
+use crate::piece::{Ended, Op, Piece};
+use crate::remote::{Remote, SETTLES_WITHIN};
 
 /// What one read or write of zeroes or of a description moves at most, in bytes.
 const PIECE_BYTES: usize = 1 << 20;
@@ -20,11 +23,57 @@ const PIECE_BYTES: usize = 1 << 20;
 /// How often somebody else's lock is looked at.
 const HOLD_AGAIN: Duration = Duration::from_millis(1);
 
-/// A block device, or a file in its place, that holds a volume. Clones are the same
-/// open device; a process has one for each LUN.
+/// Where the bytes of a disk or a LUN are.
+#[derive(Clone, Debug)]
+pub(crate) enum Storage {
+    /// In a file or device that this process has open.
+    File(Arc<File>),
+    /// Behind a connection.
+    Remote(Arc<Remote>),
+}
+
+impl Storage {
+    /// Does something, and returns when it is done.
+    fn perform(&self, mut piece: Piece) -> Ended {
+        match self {
+            Storage::Remote(remote) => remote.wait(piece),
+            Storage::File(file) => {
+                let outcome = on_file(file, &mut piece).map(|()| u32::try_from(piece.length).unwrap_or(u32::MAX));
+                Ended { piece, outcome }
+            }
+        }
+    }
+}
+
+fn on_file(file: &File, piece: &mut Piece) -> io::Result<()> {
+    let (at, length) = (piece.at, piece.length);
+    match piece.op {
+        Op::Read => file.read_exact_at(piece.data_mut(), at),
+        Op::Write { durable } => {
+            file.write_all_at(piece.data(), at)?;
+            if durable { file.sync_data() } else { Ok(()) }
+        }
+        Op::Sync => file.sync_data(),
+        Op::Trim | Op::Zero { may_free: true } => allocate(file, FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, length),
+        Op::Zero { may_free: false } => allocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, at, length),
+    }
+}
+
+fn allocate(file: &File, way: FallocateFlags, at: u64, length: u64) -> io::Result<()> {
+    let offset = |bytes: u64| i64::try_from(bytes).map_err(|_| Errno::EINVAL);
+    loop {
+        match fallocate(file, way | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset(at)?, offset(length)?) {
+            Err(Errno::EINTR) => {}
+            outcome => return Ok(outcome?),
+        }
+    }
+}
+
+/// A block device, a file in its place, or an export of an NBD server, that holds a
+/// volume. Clones are the same open device; a process has one for each LUN.
 #[derive(Clone, Debug)]
 pub struct Lun {
-    pub(crate) file: Arc<File>,
+    pub(crate) storage: Storage,
     pub(crate) block: u32,
     path: PathBuf,
     bytes: u64,
@@ -32,22 +81,37 @@ pub struct Lun {
 }
 
 impl Lun {
-    /// Opens it for reading and writing, past the page cache where that can be.
+    /// Opens it for reading and writing, past the page cache where that can be. In the
+    /// place of a path there may be the address of an export: `nbd://HOST[:PORT]/EXPORT`
+    /// or `nbd+unix:///EXPORT?socket=PATH`.
     ///
     /// # Errors
     /// [`OpenError`] says what it is instead.
     pub fn open(path: &Path) -> Result<Lun, OpenError> {
         let failed = |source| OpenError::Io { path: path.into(), source };
+        let of = |storage, block, bytes| Lun { storage, block, path: path.into(), bytes, pool: Arc::default() };
+        if let Some(address) = Address::parse(path) {
+            let (remote, found) = address.and_then(crate::remote::connect).map_err(failed)?;
+            if found.block as usize > PAGE_BYTES || !found.block.is_power_of_two() {
+                return Err(failed(io::Error::new(io::ErrorKind::Unsupported, "its blocks are larger than 4 KiB")));
+            }
+            return Ok(of(Storage::Remote(Arc::new(remote)), found.block, found.size));
+        }
         let kind = std::fs::metadata(path).map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path: path.into() });
         }
         let (file, block) = open(path, true).map_err(failed)?;
         let bytes = end(&file).map_err(failed)?;
-        Ok(Lun { file: Arc::new(file), block, path: path.into(), bytes, pool: Arc::default() })
+        Ok(of(Storage::File(Arc::new(file)), block, bytes))
     }
 
-    /// The device or file.
+    /// Whether a path is none, but the address of an export.
+    pub fn is_address(path: &Path) -> bool {
+        Address::parse(path).is_some()
+    }
+
+    /// The device, file or address.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -61,12 +125,33 @@ impl Lun {
     /// process of this host that had it before, even if that was killed: the kernel
     /// may finish what a dead process has submitted, and that must not come after what
     /// this one submits. `false` if that did not happen within `patience`. The lock is
-    /// that of flock(2); it is over when this device and its clones are.
+    /// that of flock(2); it is over when this device and its clones are. Nobody can lock
+    /// an export: what its server had taken in is given the time that it may take.
     ///
     /// # Errors
     /// The system's.
     pub fn hold(&self, patience: Duration) -> io::Result<bool> {
-        hold(&self.file, patience)
+        match &self.storage {
+            Storage::File(file) => hold(file, patience),
+            Storage::Remote(_) if patience < SETTLES_WITHIN => Ok(false),
+            Storage::Remote(_) => {
+                std::thread::sleep(SETTLES_WITHIN);
+                Ok(true)
+            }
+        }
+    }
+
+    /// As [`Lun::hold`] for what each node has for itself, be it a device or a connection.
+    /// A file in the place of a device is shared with others, and with it the lock: it is
+    /// not locked.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn outlive_others(&self, patience: Duration) -> io::Result<bool> {
+        match &self.storage {
+            Storage::File(file) if !file.metadata()?.file_type().is_block_device() => Ok(true),
+            _ => self.hold(patience),
+        }
     }
 
     /// Makes a range read as zero, on stable storage. Takes as long as the device
@@ -84,25 +169,29 @@ impl Lun {
     /// # Errors
     /// The system's; some of the range may have been zeroed.
     pub fn wipe_while(&self, at: u64, bytes: u64, fence: &dyn Fence) -> io::Result<bool> {
-        let ways = [FallocateFlags::FALLOC_FL_ZERO_RANGE, FallocateFlags::FALLOC_FL_PUNCH_HOLE];
-        let mut zeroes = None;
+        let ways = [Op::Zero { may_free: false }, Op::Zero { may_free: true }];
+        let mut zeroes = None::<Buffer>;
         let mut done = 0;
         while done < bytes {
             if !fence.may_write() {
                 return Ok(false);
             }
             let (from, length) = (at + done, (bytes - done).min(PIECE_BYTES as u64));
-            if zeroes.is_some() || !ways.into_iter().any(|way| self.allocate(way, from, length).is_ok()) {
+            let by_itself = |op| self.storage.perform(Piece::without_data(op, from, length)).outcome.is_ok();
+            if zeroes.is_some() || !ways.into_iter().any(by_itself) {
                 // The device did not answer at once, perhaps.
                 if !fence.may_write() {
                     return Ok(false);
                 }
-                let zeroes = zeroes.get_or_insert_with(|| self.buffer(PIECE_BYTES));
-                self.file.write_all_at(&zeroes.bytes()[..length as usize], from)?;
+                let buffer = zeroes.take().unwrap_or_else(|| self.buffer(PIECE_BYTES));
+                let piece = Piece { op: Op::Write { durable: false }, at: from, length, buffer, skip: 0 };
+                let Ended { piece, outcome } = self.storage.perform(piece);
+                zeroes = Some(piece.buffer);
+                outcome?;
             }
             done += length;
         }
-        self.file.sync_data()?;
+        self.flush()?;
         Ok(true)
     }
 
@@ -112,30 +201,20 @@ impl Lun {
     /// # Errors
     /// The system's.
     pub fn discard(&self, at: u64, bytes: u64) -> io::Result<()> {
-        match self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, bytes) {
-            Err(Errno::EOPNOTSUPP) | Ok(()) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
-    fn allocate(&self, way: FallocateFlags, at: u64, bytes: u64) -> nix::Result<()> {
-        let offset = |bytes: u64| i64::try_from(bytes).map_err(|_| Errno::EINVAL);
-        loop {
-            match fallocate(&*self.file, way | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset(at)?, offset(bytes)?) {
-                Err(Errno::EINTR) => {}
-                outcome => return outcome,
-            }
+        match self.storage.perform(Piece::without_data(Op::Trim, at, bytes)).outcome {
+            Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => Ok(()),
+            outcome => outcome.map(drop),
         }
     }
 
     /// Zeroed memory that the device can read from and write to.
-    fn buffer(&self, length: usize) -> crate::buffer::Buffer {
+    fn buffer(&self, length: usize) -> Buffer {
         let mut buffer = self.pool.lock().unwrap_or_else(PoisonError::into_inner).get(length);
         buffer.bytes_mut().fill(0);
         buffer
     }
 
-    fn put(&self, buffer: crate::buffer::Buffer) {
+    fn put(&self, buffer: Buffer) {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner).put(buffer);
     }
 }
@@ -161,11 +240,14 @@ impl Device for Lun {
     fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         let mut buffer = self.buffer(into.len().min(PIECE_BYTES));
         let mut from = at;
-        for piece in into.chunks_mut(PIECE_BYTES) {
-            let bytes = &mut buffer.bytes_mut()[..piece.len()];
-            self.file.read_exact_at(bytes, from)?;
-            piece.copy_from_slice(bytes);
-            from += piece.len() as u64;
+        for bytes in into.chunks_mut(PIECE_BYTES) {
+            let length = bytes.len() as u64;
+            let Ended { piece, outcome } =
+                self.storage.perform(Piece { op: Op::Read, at: from, length, buffer, skip: 0 });
+            outcome?;
+            bytes.copy_from_slice(piece.data());
+            buffer = piece.buffer;
+            from += length;
         }
         self.put(buffer);
         Ok(())
@@ -174,18 +256,21 @@ impl Device for Lun {
     fn write(&self, at: u64, from: &[u8]) -> io::Result<()> {
         let mut buffer = self.buffer(from.len().min(PIECE_BYTES));
         let mut to = at;
-        for piece in from.chunks(PIECE_BYTES) {
-            let bytes = &mut buffer.bytes_mut()[..piece.len()];
-            bytes.copy_from_slice(piece);
-            self.file.write_all_at(bytes, to)?;
-            to += piece.len() as u64;
+        for bytes in from.chunks(PIECE_BYTES) {
+            let length = bytes.len() as u64;
+            let mut piece = Piece { op: Op::Write { durable: false }, at: to, length, buffer, skip: 0 };
+            piece.data_mut().copy_from_slice(bytes);
+            let Ended { piece, outcome } = self.storage.perform(piece);
+            outcome?;
+            buffer = piece.buffer;
+            to += length;
         }
         self.put(buffer);
         Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.storage.perform(Piece::without_data(Op::Sync, 0, 0)).outcome.map(drop)
     }
 }
 

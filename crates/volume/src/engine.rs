@@ -12,9 +12,9 @@ mod work;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use slab::Slab;
@@ -25,6 +25,7 @@ use crate::connection::{Connection, Input};
 use crate::export::Export;
 use crate::nbd::Request;
 use crate::order::{Line, Order, Waker};
+use crate::piece::Ended;
 use crate::ring::{Done, Io, Ring};
 
 /// What one read of a socket takes at most.
@@ -145,6 +146,11 @@ impl Engine {
                 while let Ok(order) = self.orders.try_recv() {
                     self.obey(order)?;
                 }
+                let ended =
+                    std::mem::take(&mut *self.lines[self.me].ended.lock().unwrap_or_else(PoisonError::into_inner));
+                for (at, Ended { piece, outcome }) in ended {
+                    self.stored(at, piece, outcome)?;
+                }
                 if let Some(io) = done.io {
                     self.ring.push(Token::Bell, io)?;
                 }
@@ -172,8 +178,8 @@ impl Engine {
                 }
             }
             Token::Request(at) => {
-                if let Some(io) = done.io {
-                    self.stored(at, io, done.outcome)?;
+                if let Some(Io::Storage { piece, .. }) = done.io {
+                    self.stored(at, piece, done.outcome)?;
                 }
             }
         }

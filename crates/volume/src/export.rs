@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::unistd::Whence;
 
 use crate::buffer::{ALIGNMENT, Pool};
-use crate::device::Lun;
+use crate::device::{Lun, Storage};
 use crate::lun::Geometry;
 use crate::nbd::{Extent, Offer};
 use crate::parts::{Allocator, Parts, Place};
@@ -108,6 +108,8 @@ pub struct Export {
 enum Backing {
     File {
         file: Arc<File>,
+        /// The same.
+        storage: Storage,
         /// Holes can be asked for.
         sparse: bool,
     },
@@ -138,7 +140,8 @@ impl Export {
         } else {
             (cached(path, !spec.read_only).map_err(failed)?, 512)
         };
-        let backing = Backing::File { file: Arc::new(file), sparse: kind.is_file() };
+        let file = Arc::new(file);
+        let backing = Backing::File { storage: Storage::File(file.clone()), file, sparse: kind.is_file() };
         Ok(Export::of(spec.name.clone(), size, spec.read_only, block, fence, backing))
     }
 
@@ -177,7 +180,10 @@ impl Export {
     /// # Errors
     /// The system's.
     pub fn hold(&self, patience: Duration) -> io::Result<bool> {
-        crate::device::hold(self.file(), patience)
+        match &self.backing {
+            Backing::File { file, .. } => crate::device::hold(file, patience),
+            Backing::Lun(parts) => parts.lun.hold(patience),
+        }
     }
 
     /// Its size in bytes.
@@ -207,11 +213,11 @@ impl Export {
         Ok(())
     }
 
-    /// The file or device that its bytes are in.
-    pub(crate) fn file(&self) -> &Arc<File> {
+    /// Where its bytes are.
+    pub(crate) fn storage(&self) -> &Storage {
         match &self.backing {
-            Backing::File { file, .. } => file,
-            Backing::Lun(parts) => &parts.lun.file,
+            Backing::File { storage, .. } => storage,
+            Backing::Lun(parts) => &parts.lun.storage,
         }
     }
 
@@ -239,7 +245,7 @@ impl Export {
     pub(crate) fn extents(&self, offset: u64, length: u32, most: usize) -> io::Result<Vec<Extent>> {
         match &self.backing {
             Backing::File { sparse: false, .. } => Ok(vec![Extent { length, hole: false }]),
-            Backing::File { file, sparse: true } => holes(file, offset, length, most),
+            Backing::File { file, sparse: true, .. } => holes(file, offset, length, most),
             Backing::Lun(parts) => {
                 let (mut at, end) = (offset, offset + u64::from(length));
                 let mut extents = Vec::<Extent>::new();

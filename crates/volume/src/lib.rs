@@ -3,8 +3,8 @@
 //! ```text
 //!  guest ─ QEMU ─ NBD over a unix socket ─ [Server] ─ io_uring, O_DIRECT ─ storage
 //! ```
-//! A disk is a file or a device ([`Export::open`]), or a list of slabs of a [`Lun`]
-//! that many disks share ([`Export::on_lun`]), in which case slabs come from an
+//! A disk is a file or a device ([`Export::open`]), or a list of slabs of a [`Lun`] (a device
+//! or an export of an NBD server) that many disks share ([`Export::on_lun`]), in which case slabs come from an
 //! [`Allocator`] when they are first written to, and go back when they are discarded.
 //!
 //! The only crate that does I/O for guests. It submits no write while its
@@ -24,6 +24,9 @@ pub mod lun;
 pub mod nbd;
 mod order;
 mod parts;
+mod piece;
+mod pipe;
+mod remote;
 mod ring;
 mod server;
 mod tally;

@@ -1,12 +1,13 @@
 //! What the threads that serve disks are told, and how.
 
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 
 use crate::export::Export;
+use crate::piece::Ended;
 
 /// What a thread is told.
 pub(crate) enum Order {
@@ -24,6 +25,9 @@ pub(crate) enum Order {
 pub(crate) struct Line {
     pub(crate) orders: SyncSender<Order>,
     pub(crate) bell: EventFd,
+    /// Pieces that were done elsewhere for this thread, by its own numbers. There are
+    /// never more than it has asked for.
+    pub(crate) ended: Mutex<Vec<(usize, Ended)>>,
 }
 
 impl Line {
@@ -57,6 +61,12 @@ pub(crate) struct Waker {
 impl Waker {
     pub(crate) fn new(lines: Arc<[Line]>, thread: usize) -> Waker {
         Waker { lines, thread }
+    }
+
+    /// A piece that the thread had asked for is over.
+    pub(crate) fn ended(&self, token: usize, ended: Ended) {
+        self.lines[self.thread].ended.lock().unwrap_or_else(PoisonError::into_inner).push((token, ended));
+        self.wake();
     }
 
     pub(crate) fn wake(&self) {

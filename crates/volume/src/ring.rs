@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use io_uring::types::{CancelBuilder, Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
+use nix::fcntl::FallocateFlags;
 use nix::libc::{EBUSY, EINTR, ETIME};
 use slab::Slab;
 
-use crate::buffer::Buffer;
+use crate::piece::{Op, Piece};
 
 /// Operations that the queue holds before the kernel takes them.
 const ENTRIES: u32 = 128;
@@ -24,50 +25,13 @@ const COUNTED: u32 = u32::MAX >> 1;
 
 /// One operation and what it needs.
 #[derive(Debug)]
-pub enum Io {
-    /// Fills `length` bytes of a buffer from `skip` on.
-    Read {
-        /// From here.
+pub(crate) enum Io {
+    /// Does something with the bytes of a file.
+    Storage {
+        /// Of this one.
         file: Arc<File>,
-        /// Into this.
-        buffer: Buffer,
-        /// So many of its bytes are left as they are.
-        skip: usize,
-        /// So many are filled.
-        length: usize,
-        /// Position in the file of the first byte to read.
-        at: u64,
-    },
-    /// Writes `length` bytes of a buffer from `skip` on.
-    Write {
-        /// To here.
-        file: Arc<File>,
-        /// From this.
-        buffer: Buffer,
-        /// So many of its bytes are passed over.
-        skip: usize,
-        /// So many are written.
-        length: usize,
-        /// Position in the file of the first byte to write.
-        at: u64,
-        /// It is on stable storage when it is done.
-        durable: bool,
-    },
-    /// Everything that was written is on stable storage when it is done.
-    Sync {
-        /// Of this file.
-        file: Arc<File>,
-    },
-    /// `fallocate`.
-    Allocate {
-        /// In this file.
-        file: Arc<File>,
-        /// Its mode.
-        mode: i32,
-        /// From here, in bytes.
-        at: u64,
-        /// So much, in bytes.
-        length: u64,
+        /// What, and with which memory.
+        piece: Piece,
     },
     /// Tells each time that a descriptor becomes readable, until told otherwise.
     Readable(RawFd),
@@ -77,7 +41,7 @@ pub enum Io {
 
 /// An operation that is done.
 #[derive(Debug)]
-pub struct Done<T> {
+pub(crate) struct Done<T> {
     /// As it was given.
     pub token: T,
     /// What came of it.
@@ -87,7 +51,7 @@ pub struct Done<T> {
 }
 
 /// The queue. It belongs to one thread.
-pub struct Ring<T> {
+pub(crate) struct Ring<T> {
     ring: IoUring,
     pending: Slab<(T, Io)>,
     /// Counts operations: their places are used again, their names are not.
@@ -206,24 +170,31 @@ fn retried(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
 
 fn entry(io: &mut Io) -> squeue::Entry {
     match io {
-        Io::Read { file, buffer, skip, length, at } => {
-            let bytes = &mut buffer.bytes_mut()[*skip..][..*length];
-            opcode::Read::new(Fd(file.as_raw_fd()), bytes.as_mut_ptr(), bytes.len() as u32).offset(*at).build()
-        }
-        Io::Write { file, buffer, skip, length, at, durable } => {
-            let bytes = &buffer.bytes()[*skip..][..*length];
-            let flags = if *durable { nix::libc::RWF_DSYNC } else { 0 };
-            opcode::Write::new(Fd(file.as_raw_fd()), bytes.as_ptr(), bytes.len() as u32)
-                .offset(*at)
-                .rw_flags(flags)
-                .build()
-        }
-        Io::Sync { file } => opcode::Fsync::new(Fd(file.as_raw_fd())).flags(FsyncFlags::DATASYNC).build(),
-        Io::Allocate { file, mode, at, length } => {
-            opcode::Fallocate::new(Fd(file.as_raw_fd()), *length).offset(*at).mode(*mode).build()
-        }
+        Io::Storage { file, piece } => on_file(Fd(file.as_raw_fd()), piece),
         Io::Readable(fd) => opcode::PollAdd::new(Fd(*fd), nix::libc::POLLIN as u32).multi(true).build(),
         Io::Writable(fd) => opcode::PollAdd::new(Fd(*fd), nix::libc::POLLOUT as u32).build(),
+    }
+}
+
+fn on_file(file: Fd, piece: &mut Piece) -> squeue::Entry {
+    let (at, length) = (piece.at, piece.length);
+    let allocate = |mode: FallocateFlags| {
+        let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        opcode::Fallocate::new(file, length).offset(at).mode(mode.bits()).build()
+    };
+    match piece.op {
+        Op::Read => {
+            let bytes = piece.data_mut();
+            opcode::Read::new(file, bytes.as_mut_ptr(), bytes.len() as u32).offset(at).build()
+        }
+        Op::Write { durable } => {
+            let bytes = piece.data();
+            let flags = if durable { nix::libc::RWF_DSYNC } else { 0 };
+            opcode::Write::new(file, bytes.as_ptr(), bytes.len() as u32).offset(at).rw_flags(flags).build()
+        }
+        Op::Sync => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+        Op::Trim | Op::Zero { may_free: true } => allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE),
+        Op::Zero { may_free: false } => allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE),
     }
 }
 
@@ -278,16 +249,18 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let mut buffer = pool.get(8192);
         buffer.bytes_mut().fill(7);
-        ring.push(1, Io::Write { file: file.clone(), buffer, skip: 0, length: 8192, at: 4096, durable: true }).unwrap();
+        let piece = Piece { op: Op::Write { durable: true }, at: 4096, length: 8192, buffer, skip: 0 };
+        ring.push(1, Io::Storage { file: file.clone(), piece }).unwrap();
         assert_eq!(done(&mut ring).outcome.unwrap(), 8192);
-        ring.push(2, Io::Sync { file: file.clone() }).unwrap();
+        ring.push(2, Io::Storage { file: file.clone(), piece: Piece::without_data(Op::Sync, 0, 0) }).unwrap();
         assert!(done(&mut ring).outcome.is_ok());
-        ring.push(3, Io::Read { file, buffer: pool.get(12288), skip: 0, length: 12288, at: 0 }).unwrap();
+        let piece = Piece { op: Op::Read, at: 0, length: 12288, buffer: pool.get(12288), skip: 0 };
+        ring.push(3, Io::Storage { file, piece }).unwrap();
         let read = done(&mut ring);
         assert_eq!((read.token, read.outcome.unwrap()), (3, 12288));
-        let Some(Io::Read { buffer, .. }) = read.io else { panic!("the buffer comes back") };
-        assert!(buffer.bytes()[..4096].iter().all(|byte| *byte == 0));
-        assert!(buffer.bytes()[4096..].iter().all(|byte| *byte == 7));
+        let Some(Io::Storage { piece, .. }) = read.io else { panic!("the buffer comes back") };
+        assert!(piece.data()[..4096].iter().all(|byte| *byte == 0));
+        assert!(piece.data()[4096..].iter().all(|byte| *byte == 7));
     }
 
     #[test]
@@ -295,7 +268,8 @@ mod tests {
         let mut ring = Ring::new().unwrap();
         let file = Arc::new(tempfile::tempfile().unwrap());
         for token in 0..ENTRIES * 3 {
-            ring.push(token, Io::Sync { file: file.clone() }).unwrap();
+            let piece = Piece::without_data(Op::Sync, 0, 0);
+            ring.push(token, Io::Storage { file: file.clone(), piece }).unwrap();
         }
         let mut seen: Vec<_> = (0..ENTRIES * 3).map(|_| done(&mut ring).token).collect();
         seen.sort_unstable();

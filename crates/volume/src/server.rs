@@ -37,7 +37,7 @@ impl Server {
         for _ in 0..threads.max(1) {
             let (orders, inbox) = sync_channel(QUEUE);
             let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-            lines.push(Line { orders, bell });
+            lines.push(Line { orders, bell, ended: Mutex::default() });
             inboxes.push(inbox);
         }
         let lines: Arc<[Line]> = lines.into();

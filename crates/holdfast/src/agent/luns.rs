@@ -49,8 +49,8 @@ impl Agent {
         let member = self.member()?;
         state::valid_name("volume", name)?;
         let device = PathBuf::from(device);
-        if !device.is_absolute() {
-            return Err(Refusal::Invalid(format!("{device:?} is not an absolute path")).into());
+        if !device.is_absolute() && !Lun::is_address(&device) {
+            return Err(Refusal::Invalid(format!("{device:?} is neither an absolute path nor nbd://...")).into());
         }
         let state = self.state();
         if state.volumes.contains_key(name) {

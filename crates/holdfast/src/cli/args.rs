@@ -327,8 +327,10 @@ pub enum VolumeCommand {
         /// A directory that every node sees under this path.
         #[arg(long, value_name = "PATH", required_unless_present = "lun", conflicts_with = "lun")]
         directory: Option<String>,
-        /// A LUN: a block device that every node sees, by its path on the node that is asked.
-        #[arg(long, value_name = "DEVICE")]
+        /// A LUN: a block device that every node sees, by its path on the node that is asked,
+        /// or an export of an NBD server, nbd://HOST[:PORT]/EXPORT or
+        /// nbd+unix:///EXPORT?socket=PATH.
+        #[arg(long, value_name = "DEVICE|nbd://...")]
         lun: Option<String>,
         /// What is on the LUN and may be destroyed, in the word that the refusal gave.
         #[arg(long, value_name = "WHAT", requires = "lun")]

@@ -19,7 +19,6 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -352,11 +351,8 @@ impl Disks {
             return Ok((lun.clone(), *geometry));
         }
         let lun = Lun::open(&disk.device)?;
-        // What an earlier life of this server had on its way may still land. Nodes have
-        // block devices of their own, but a file in the place of one they share, and with
-        // it the lock.
-        let block = std::fs::metadata(&disk.device)?.file_type().is_block_device();
-        if block && !lun.hold(HOLD_WITHIN)? {
+        // What an earlier life of this server had on its way may still land.
+        if !lun.outlive_others(HOLD_WITHIN)? {
             anyhow::bail!("I/O of an earlier volume server is still under way on {}", disk.device.display());
         }
         let Superblock { identity, geometry, .. } = Superblock::read(&lun)?;

@@ -7,13 +7,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::fcntl::FallocateFlags;
-
 use super::{Engine, PARKED_AGAIN, Token};
 use crate::buffer::Buffer;
+use crate::device::Storage;
 use crate::export::Export;
 use crate::nbd::{Command, Errno, Extent, Head, MAX_REQUEST_BYTES, Request};
 use crate::parts::{Asked, Place};
+use crate::piece::{Back, Op, Piece};
 use crate::ring::Io;
 
 /// Extents in one answer.
@@ -143,8 +143,7 @@ impl Engine {
             }
             let (request, export) = (active.request, &active.export);
             if active.doing == Doing::Sync {
-                let io = Io::Sync { file: export.file().clone() };
-                return self.ring.push(Token::Request(at), io).map(drop);
+                return self.hand_over(at, Piece::without_data(Op::Sync, 0, 0));
             }
             let left = u64::from(request.length) - active.done;
             if left == 0 {
@@ -210,57 +209,69 @@ impl Engine {
     /// Hands a piece to the storage.
     fn submit(&mut self, at: usize, place: u64, length: u64) -> io::Result<()> {
         let active = &mut self.active[at];
-        let file = active.export.file().clone();
-        let skip = active.done as usize;
-        let allocate = |file, mode: FallocateFlags| {
-            let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            Io::Allocate { file, mode: mode.bits(), at: place, length }
-        };
-        let io = match (active.doing, active.request.command) {
-            (Doing::Punch, _) => allocate(file, FallocateFlags::FALLOC_FL_PUNCH_HOLE),
-            (Doing::Mark, _) => allocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE),
+        let piece = match (active.doing, active.request.command) {
+            (Doing::Punch, Command::Trim { .. }) => Piece::without_data(Op::Trim, place, length),
+            (Doing::Punch, _) => Piece::without_data(Op::Zero { may_free: true }, place, length),
+            (Doing::Mark, _) => Piece::without_data(Op::Zero { may_free: false }, place, length),
             (Doing::Zeroes, _) => {
-                let length = length.min(ZEROES_BYTES) as usize;
-                let mut buffer = self.pool.get(length);
+                let length = length.min(ZEROES_BYTES);
+                let mut buffer = self.pool.get(length as usize);
                 buffer.bytes_mut().fill(0);
-                Io::Write { file, buffer, skip: 0, length, at: place, durable: false }
+                Piece { op: Op::Write { durable: false }, at: place, length, buffer, skip: 0 }
             }
-            (_, Command::Write { fua }) => {
-                if let (Some(part), Some(parts)) = (active.entered, active.export.parts()) {
-                    parts.touch(part);
-                }
+            (_, command) => {
+                let op = match command {
+                    Command::Write { fua } => {
+                        if let (Some(part), Some(parts)) = (active.entered, active.export.parts()) {
+                            parts.touch(part);
+                        }
+                        Op::Write { durable: fua }
+                    }
+                    _ => Op::Read,
+                };
                 let buffer = active.buffer.take().unwrap_or_default();
-                Io::Write { file, buffer, skip, length: length as usize, at: place, durable: fua }
-            }
-            _ => {
-                let buffer = active.buffer.take().unwrap_or_default();
-                Io::Read { file, buffer, skip, length: length as usize, at: place }
+                Piece { op, at: place, length, buffer, skip: active.done as usize }
             }
         };
-        self.ring.push(Token::Request(at), io).map(drop)
+        self.hand_over(at, piece)
+    }
+
+    fn hand_over(&mut self, at: usize, piece: Piece) -> io::Result<()> {
+        match self.active[at].export.storage() {
+            Storage::File(file) => {
+                let io = Io::Storage { file: file.clone(), piece };
+                self.ring.push(Token::Request(at), io).map(drop)
+            }
+            Storage::Remote(remote) => {
+                remote.submit(piece, Back::Thread(self.waker.clone(), at));
+                Ok(())
+            }
+        }
     }
 
     /// The storage has done a piece of a request.
-    pub(super) fn stored(&mut self, at: usize, io: Io, outcome: io::Result<u32>) -> io::Result<()> {
+    pub(super) fn stored(&mut self, at: usize, piece: Piece, outcome: io::Result<u32>) -> io::Result<()> {
         let active = &mut self.active[at];
         if let (Some(part), Some(parts)) = (active.entered.take(), active.export.parts()) {
             parts.leave(part);
         }
-        let moves = active.doing == Doing::Itself;
-        let mut piece = 0;
-        match io {
-            Io::Allocate { length, .. } => piece = length,
-            Io::Read { buffer, .. } | Io::Write { buffer, .. } if moves => active.buffer = Some(buffer),
-            Io::Read { buffer, .. } | Io::Write { buffer, .. } => self.pool.put(buffer),
-            _ => {}
+        // Of the kind that needs no data.
+        let marked = match piece.op {
+            Op::Trim | Op::Zero { .. } => piece.length,
+            _ => 0,
+        };
+        if active.doing == Doing::Itself {
+            active.buffer = Some(piece.buffer);
+        } else {
+            self.pool.put(piece.buffer);
         }
         match (outcome, active.request.command) {
             (Err(error), _) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            (Err(error), command) if piece > 0 && error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
+            (Err(error), command) if marked > 0 && error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
                 active.doing = match (command, active.doing) {
                     // It was only a hint.
                     (Command::Trim { .. }, _) => {
-                        active.done += piece;
+                        active.done += marked;
                         Doing::Punch
                     }
                     (_, Doing::Punch) => Doing::Mark,
@@ -277,8 +288,8 @@ impl Engine {
                 }
                 active.done = u64::from(active.request.length);
             }
-            (Ok(0), _) if piece == 0 => return self.failed(at, Errno::Io),
-            (Ok(count), _) => active.done += piece.max(u64::from(count)),
+            (Ok(0), _) if marked == 0 => return self.failed(at, Errno::Io),
+            (Ok(count), _) => active.done += marked.max(u64::from(count)),
         }
         self.step(at)
     }

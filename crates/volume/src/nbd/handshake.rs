@@ -6,9 +6,9 @@
 
 use super::{MAX_REQUEST_BYTES, take_u16, take_u32, take_u64};
 
-const GREETING: u64 = 0x4e42_444d_4147_4943;
-const OPTION: u64 = 0x4948_4156_454f_5054;
-const REPLY: u64 = 0x0003_e889_0455_65a9;
+pub(super) const GREETING: u64 = 0x4e42_444d_4147_4943;
+pub(super) const OPTION: u64 = 0x4948_4156_454f_5054;
+pub(super) const REPLY: u64 = 0x0003_e889_0455_65a9;
 
 const FIXED_NEWSTYLE: u16 = 1;
 const NO_ZEROES: u16 = 1 << 1;
@@ -17,31 +17,31 @@ const OPT_EXPORT_NAME: u32 = 1;
 const OPT_ABORT: u32 = 2;
 const OPT_LIST: u32 = 3;
 const OPT_INFO: u32 = 6;
-const OPT_GO: u32 = 7;
+pub(super) const OPT_GO: u32 = 7;
 const OPT_STRUCTURED: u32 = 8;
 const OPT_LIST_CONTEXTS: u32 = 9;
 const OPT_SET_CONTEXTS: u32 = 10;
 
-const ACK: u32 = 1;
+pub(super) const ACK: u32 = 1;
 const SERVER: u32 = 2;
-const INFO: u32 = 3;
+pub(super) const INFO: u32 = 3;
 const CONTEXT: u32 = 4;
 const ERR_UNSUPPORTED: u32 = (1 << 31) + 1;
 const ERR_INVALID: u32 = (1 << 31) + 3;
 const ERR_UNKNOWN: u32 = (1 << 31) + 6;
 const ERR_TOO_BIG: u32 = (1 << 31) + 9;
 
-const INFO_EXPORT: u16 = 0;
-const INFO_BLOCK_SIZE: u16 = 3;
+pub(super) const INFO_EXPORT: u16 = 0;
+pub(super) const INFO_BLOCK_SIZE: u16 = 3;
 
-const HAS_FLAGS: u16 = 1;
-const READ_ONLY: u16 = 1 << 1;
-const SEND_FLUSH: u16 = 1 << 2;
-const SEND_FUA: u16 = 1 << 3;
-const SEND_TRIM: u16 = 1 << 5;
-const SEND_ZEROES: u16 = 1 << 6;
+pub(super) const HAS_FLAGS: u16 = 1;
+pub(super) const READ_ONLY: u16 = 1 << 1;
+pub(super) const SEND_FLUSH: u16 = 1 << 2;
+pub(super) const SEND_FUA: u16 = 1 << 3;
+pub(super) const SEND_TRIM: u16 = 1 << 5;
+pub(super) const SEND_ZEROES: u16 = 1 << 6;
 const SEND_DF: u16 = 1 << 7;
-const MULTI_CONN: u16 = 1 << 8;
+pub(super) const MULTI_CONN: u16 = 1 << 8;
 const FAST_ZERO: u16 = 1 << 11;
 
 /// The one metadata context that is known here, and the number it has.

@@ -2,8 +2,9 @@
 //!
 //! Numbers and rules are those of the protocol's description, `doc/proto.md` of
 //! the NetworkBlockDevice/nbd project. Everything here is bytes in, bytes out; the
-//! sockets are the engine's.
+//! sockets are the engine's and [`crate::remote`]'s.
 
+pub(crate) mod client;
 mod handshake;
 mod reply;
 mod request;

@@ -1,6 +1,8 @@
 //! A disk that is served, and a plain client of it.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod exported;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -119,6 +121,11 @@ impl Client {
     pub fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
         self.ask(READ, 9, offset, length, &[]);
         assert_eq!(self.answer(), (9, 0));
+        self.payload(length)
+    }
+
+    /// The data of a read that was answered.
+    pub fn payload(&mut self, length: u32) -> Vec<u8> {
         let mut data = vec![0; length as usize];
         self.stream.read_exact(&mut data).unwrap();
         data

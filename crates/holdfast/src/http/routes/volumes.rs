@@ -76,7 +76,9 @@ pub async fn add(
             served.agent.add_volume(&by, &request.name, directory).await?;
         }
         (None, Some(lun)) => {
-            absolute(lun, "the device as this node sees it")?;
+            if !holdfast_volume::Lun::is_address(std::path::Path::new(lun)) {
+                absolute(lun, "the device as this node sees it, or an export: nbd://HOST/EXPORT")?;
+            }
             served.agent.add_lun(&by, &request.name, lun, request.erase.as_deref()).await?;
         }
         _ => {
