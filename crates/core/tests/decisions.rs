@@ -363,9 +363,12 @@ fn only_who_may_run_a_vm_maps_its_slabs_and_a_lost_node_s_are_free() {
         disk: 0,
         tenure: *tenure,
         wanted: vec![(part, slab, 1).into()],
+        takings: Vec::new(),
     };
+    let taking =
+        |number: u64, first: u32, count: u32| Reply::Slabs(Taking { number, slabs: vec![(first, count).into()] });
     let revision = lab.state.revision;
-    assert_eq!(lab.ask(take(&before)), Reply::Slabs(vec![(0, 2).into()]));
+    assert_eq!(lab.ask(take(&before)), taking(1, 0, 2));
     assert_eq!(lab.ask(map(&before, 5, 0)), Reply::Mapped(vec![(5, 0, 1).into()]));
     assert_eq!(lab.state.revision, revision, "no decision stands on it");
 
@@ -375,7 +378,7 @@ fn only_who_may_run_a_vm_maps_its_slabs_and_a_lost_node_s_are_free() {
     assert_ne!(after.node, before.node);
     assert!(matches!(lab.ask(take(&before)), Reply::Refused(Refusal::Conflict(_))));
     assert!(matches!(lab.ask(map(&before, 6, 1)), Reply::Refused(Refusal::Conflict(_))));
-    assert_eq!(lab.ask(take(&after)), Reply::Slabs(vec![(1, 2).into()]), "the lost node's slab is free again");
+    assert_eq!(lab.ask(take(&after)), taking(2, 1, 2), "the lost node's slab is free again");
     assert_eq!(lab.ask(map(&after, 5, 1)), Reply::Mapped(vec![(5, 0, 1).into()]), "what is there stays");
     assert_eq!(lab.state.luns["san"].files[&file].slabs(), 1);
 
@@ -411,9 +414,9 @@ fn a_guest_that_writes_makes_nobody_forget_what_was_asked_before() {
     };
     assert_eq!(lab.state.apply(&add), Reply::Done);
     let (node, term) = (NodeId(1), lab.state.nodes[&NodeId(1)].term);
-    for _ in 0..2000 {
+    for number in 1..2000 {
         let take = Command::TakeSlabs { volume: "san".into(), node, term, known: Vec::new(), most: 1 };
-        assert_eq!(lab.ask(take), Reply::Slabs(vec![(0, 1).into()]));
+        assert_eq!(lab.ask(take), Reply::Slabs(Taking { number, slabs: vec![(0, 1).into()] }));
     }
     assert_eq!(lab.state.apply(&add), Reply::Done, "applied once, and answered alike");
 }

@@ -46,7 +46,7 @@ fn with_disk(lab: &mut Lab) -> String {
     let tenure = *lab.state.vms[&WEB].tenures().next().expect("a right");
     let (node, term) = (tenure.node, tenure.term);
     lab.ask(Command::TakeSlabs { volume: "san".into(), node, term, known: Vec::new(), most: 2 });
-    lab.ask(Command::MapSlabs { vm: WEB, disk: 0, tenure, wanted: vec![(0, 0, 2).into()] });
+    lab.ask(Command::MapSlabs { vm: WEB, disk: 0, tenure, wanted: vec![(0, 0, 2).into()], takings: Vec::new() });
     lab.state.vms[&WEB].spec.disks[0].file.clone()
 }
 
@@ -146,7 +146,8 @@ fn an_imported_volume_is_used_when_all_of_it_is_known() {
     assert!(matches!(lab.ask(both), Reply::Refused(Refusal::Invalid(_))), "a slab has one place");
     assert_eq!(lab.ask(files(&[("vms/a/disk0.raw", (2, 3, 1).into())], true)), Reply::Done);
     assert!(refused(&lab.ask(files(&[], true))));
-    assert_eq!(lab.ask(take), Reply::Slabs(vec![(2, 1).into(), (4, 1).into()]));
+    let Reply::Slabs(taking) = lab.ask(take) else { panic!("slabs") };
+    assert_eq!(taking.slabs, [(2, 1).into(), (4, 1).into()]);
     lab.ask(claim(writer(&lab, 1)));
     let lun = &lab.state.luns["san"];
     assert_eq!((lun.journal.epoch, lun.used_slabs()), (8, 3));

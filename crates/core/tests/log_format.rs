@@ -117,8 +117,8 @@ fn slabs_in_the_log_and_in_a_snapshot() {
     let tenure = *lab.state.vms[&WEB].tenures().next().expect("a right");
     let (node, term) = (tenure.node, tenure.term);
     let take = Command::TakeSlabs { volume: "san".into(), node, term, known: vec![(3, 1).into()], most: 4 };
-    assert_eq!(lab.ask(take.clone()), Reply::Slabs(vec![(0, 4).into()]));
-    let map = Command::MapSlabs { vm: WEB, disk: 0, tenure, wanted: vec![(7, 1, 2).into()] };
+    assert_eq!(lab.ask(take.clone()), Reply::Slabs(Taking { number: 1, slabs: vec![(0, 4).into()] }));
+    let map = Command::MapSlabs { vm: WEB, disk: 0, tenure, wanted: vec![(7, 1, 2).into()], takings: vec![1] };
     assert_eq!(lab.ask(map.clone()), Reply::Mapped(vec![(7, 1, 2).into()]));
     golden("slabs.json", &(take, map, lab.state.luns));
 }

@@ -9,6 +9,10 @@
 //! A slab gets into a file only after the node that had taken it has zeroed it, so a
 //! crash at any moment leaves a part absent or zeroed, and nobody ever reads what a
 //! slab held before.
+//!
+//! Each taking has a number, and whoever maps a slab names the taking that gave it. A
+//! node that forgot a slab gets it again with another number and zeroes it again; what
+//! it had asked for before that and is decided late does not make it part of a file.
 
 use std::collections::BTreeMap;
 
@@ -52,10 +56,40 @@ pub struct LunFile {
 
 /// Slabs that a node has taken to zero them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "TakenAsStored")]
 pub struct Taken {
     /// In which of the node's terms: in any other they are free.
     pub term: NodeTerm,
-    /// Which, in order.
+    /// Which, in order, by the number of the taking that gave them last.
+    pub takings: BTreeMap<u64, Vec<Slabs>>,
+}
+
+/// [`Taken`], also from when takings had no numbers.
+#[derive(Deserialize)]
+struct TakenAsStored {
+    term: NodeTerm,
+    #[serde(default)]
+    slabs: Vec<Slabs>,
+    #[serde(default)]
+    takings: BTreeMap<u64, Vec<Slabs>>,
+}
+
+impl From<TakenAsStored> for Taken {
+    fn from(TakenAsStored { term, slabs, mut takings }: TakenAsStored) -> Self {
+        if !slabs.is_empty() {
+            takings.insert(0, slabs);
+        }
+        Taken { term, takings }
+    }
+}
+
+/// What a node gets when it takes slabs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taking {
+    /// Its number: grows with every taking of this LUN, and is named by whoever makes
+    /// these slabs parts of a file. Of nothing, it says nothing.
+    pub number: u64,
+    /// Which slabs.
     pub slabs: Vec<Slabs>,
 }
 
@@ -70,6 +104,9 @@ pub struct Lun {
     pub files: BTreeMap<String, LunFile>,
     /// What nodes have taken.
     pub taken: BTreeMap<NodeId, Taken>,
+    /// How many takings there were.
+    #[serde(default)]
+    pub takings: u64,
     /// What nobody has, in order and joined.
     pub free: Vec<Slabs>,
     /// What files had and the journal may still say that they have, oldest first.
@@ -97,6 +134,7 @@ impl Lun {
             slabs,
             files: BTreeMap::new(),
             taken: BTreeMap::new(),
+            takings: 0,
             free: vec![Slabs { first: 0, count: slabs }],
             freed: Vec::new(),
             revision: 0,
@@ -127,23 +165,32 @@ impl Lun {
         u32::try_from(bytes.div_ceil(self.slab_bytes)).unwrap_or(u32::MAX)
     }
 
+    /// How many slabs nodes have taken.
+    pub fn taken_slabs(&self) -> u32 {
+        self.taken.values().flat_map(Taken::slabs).map(|run| run.count).sum()
+    }
+
     /// Gives a node up to `most` free slabs, and says which. What it had taken in an
     /// earlier term is free before that. What it has and does not know of, because an
-    /// answer was lost or its memory was, is answered instead.
-    pub fn take(&mut self, node: NodeId, term: NodeTerm, known: &[Slabs], most: u32) -> Vec<Slabs> {
-        match self.taken.get(&node) {
-            Some(taken) if taken.term != term => self.give_back(node),
-            Some(taken) => {
-                let mut forgotten = taken.slabs.clone();
-                for slab in known.iter().flat_map(|run| run.first..run.end()) {
-                    remove(&mut forgotten, slab);
-                }
-                if !forgotten.is_empty() {
-                    return forgotten;
-                }
-            }
-            None => {}
+    /// answer was lost or its memory was, is given anew instead.
+    pub fn take(&mut self, node: NodeId, term: NodeTerm, known: &[Slabs], most: u32) -> Taking {
+        if self.taken.get(&node).is_some_and(|taken| taken.term != term) {
+            self.give_back(node);
         }
+        let mut slabs = self.taken.get_mut(&node).map_or_else(Vec::new, |taken| taken.give_up_all_but(known));
+        if slabs.is_empty() {
+            slabs = self.take_free(most);
+        }
+        if slabs.is_empty() {
+            return Taking::default();
+        }
+        self.takings += 1;
+        let taken = self.taken.entry(node).or_insert(Taken { term, takings: BTreeMap::new() });
+        taken.takings.insert(self.takings, slabs.clone());
+        Taking { number: self.takings, slabs }
+    }
+
+    fn take_free(&mut self, most: u32) -> Vec<Slabs> {
         let (mut left, mut given) = (most, Vec::new());
         while left > 0
             && let Some(run) = self.free.first_mut()
@@ -156,36 +203,33 @@ impl Lun {
                 self.free.remove(0);
             }
         }
-        if !given.is_empty() {
-            let taken = self.taken.entry(node).or_insert(Taken { term, slabs: Vec::new() });
-            given.iter().for_each(|run| insert_slabs(&mut taken.slabs, *run));
-        }
         given
     }
 
     /// Frees what a node had taken.
     pub fn give_back(&mut self, node: NodeId) {
-        for run in self.taken.remove(&node).into_iter().flat_map(|taken| taken.slabs) {
+        for run in self.taken.remove(&node).iter().flat_map(Taken::slabs) {
             insert_slabs(&mut self.free, run);
         }
     }
 
-    /// Makes slabs that a node has taken, and zeroed, parts of a file. A part that has
-    /// a slab keeps it; a slab that the node did not take is passed over. Says where
-    /// the parts that were asked for are then.
-    pub fn map(&mut self, file: &str, node: NodeId, term: NodeTerm, wanted: &[Mapped]) -> Vec<Mapped> {
+    /// Makes slabs that a node has taken, and zeroed, parts of a file; `takings` names
+    /// for each run the taking that gave it, where the writer knew such numbers. A part
+    /// that has a slab keeps it; a slab that the node did not take, or took again since,
+    /// is passed over. Says where the parts that were asked for are then.
+    pub fn map(&mut self, file: &str, node: NodeId, term: NodeTerm, wanted: &[Mapped], takings: &[u64]) -> Vec<Mapped> {
         let Some(bytes) = self.files.get(file).map(|file| file.bytes) else { return Vec::new() };
         let parts = self.parts(bytes);
-        let mut nothing = Taken { term, slabs: Vec::new() };
+        let mut nothing = Taken { term, takings: BTreeMap::new() };
         let taken = self.taken.get_mut(&node).filter(|taken| taken.term == term).unwrap_or(&mut nothing);
         let Some(file) = self.files.get_mut(file) else { return Vec::new() };
         let before = file.slabs();
         // Parts beyond the file's end are none.
         let steps = |run: &Mapped| 0..run.count.min(parts.saturating_sub(run.part));
-        for run in wanted {
+        for (at, run) in wanted.iter().enumerate() {
             for step in steps(run) {
                 let (part, slab) = (run.part + step, run.slab.saturating_add(step));
-                if file.slab(part).is_none() && remove(&mut taken.slabs, slab) {
+                if file.slab(part).is_none() && taken.remove(slab, takings.get(at).copied()) {
                     file.put(part, slab);
                 }
             }
@@ -225,6 +269,38 @@ impl Lun {
         if self.files.len() != before {
             self.changed(gone);
         }
+    }
+}
+
+impl Taken {
+    /// All of its slabs, by takings.
+    pub fn slabs(&self) -> impl Iterator<Item = Slabs> {
+        self.takings.values().flatten().copied()
+    }
+
+    /// Takes those out that are not known, and says which.
+    fn give_up_all_but(&mut self, known: &[Slabs]) -> Vec<Slabs> {
+        let mut forgotten = Vec::new();
+        self.slabs().for_each(|run| insert_slabs(&mut forgotten, run));
+        for slab in known.iter().flat_map(|run| run.first..run.end()) {
+            remove(&mut forgotten, slab);
+        }
+        for slab in forgotten.iter().flat_map(|run| run.first..run.end()) {
+            self.remove(slab, None);
+        }
+        forgotten
+    }
+
+    /// Takes a slab out that a taking gave, or whichever; `false` if it is not there.
+    fn remove(&mut self, slab: u32, taking: Option<u64>) -> bool {
+        let found = match taking {
+            Some(number) => self.takings.get_mut(&number).is_some_and(|runs| remove(runs, slab)),
+            None => self.takings.values_mut().any(|runs| remove(runs, slab)),
+        };
+        if found {
+            self.takings.retain(|_, runs| !runs.is_empty());
+        }
+        found
     }
 }
 
@@ -358,9 +434,9 @@ mod tests {
     /// Every slab has one place, and runs are as long as they can be.
     fn account(lun: &Lun) {
         let files = lun.files.values().flat_map(|file| &file.parts);
-        let taken = lun.taken.values().flat_map(|taken| &taken.slabs);
+        let taken = lun.taken.values().flat_map(Taken::slabs);
         let freed = lun.freed.iter().flat_map(|freed| &freed.slabs);
-        let runs = taken.chain(&lun.free).chain(freed).copied();
+        let runs = taken.chain(lun.free.iter().chain(freed).copied());
         let mut all: Vec<u32> = files
             .map(|run| Slabs { first: run.slab, count: run.count })
             .chain(runs)
@@ -368,7 +444,7 @@ mod tests {
             .collect();
         all.sort_unstable();
         assert_eq!(all, (0..lun.slabs).collect::<Vec<_>>());
-        for runs in lun.taken.values().map(|taken| &taken.slabs).chain([&lun.free]) {
+        for runs in lun.taken.values().flat_map(|taken| taken.takings.values()).chain([&lun.free]) {
             assert!(runs.windows(2).all(|pair| pair[0].end() < pair[1].first), "{runs:?}");
         }
         for file in lun.files.values() {
@@ -389,16 +465,20 @@ mod tests {
         lun
     }
 
+    fn taking(number: u64, slabs: &[(u32, u32)]) -> Taking {
+        Taking { number, slabs: slabs.iter().copied().map(Slabs::from).collect() }
+    }
+
     #[test]
     fn what_is_asked_twice_is_done_once_and_answered_alike() {
         let mut lun = lun();
-        assert_eq!(lun.take(N1, T1, &[], 4), [Slabs { first: 0, count: 4 }]);
+        assert_eq!(lun.take(N1, T1, &[], 4), taking(1, &[(0, 4)]));
         let wanted = [Mapped { part: 2, slab: 1, count: 2 }];
-        assert_eq!(lun.map("web", N1, T1, &wanted), wanted);
+        assert_eq!(lun.map("web", N1, T1, &wanted, &[1]), wanted);
         let once = lun.clone();
-        assert_eq!(lun.map("web", N1, T1, &wanted), wanted);
+        assert_eq!(lun.map("web", N1, T1, &wanted, &[1]), wanted);
         assert_eq!(
-            lun.map("web", N1, T1, &[Mapped { part: 3, slab: 0, count: 1 }]),
+            lun.map("web", N1, T1, &[Mapped { part: 3, slab: 0, count: 1 }], &[1]),
             [Mapped { part: 3, slab: 2, count: 1 }]
         );
         assert_eq!(lun, once);
@@ -411,12 +491,12 @@ mod tests {
         let untouched = lun.clone();
         let wanted = [Mapped { part: 0, slab: 1, count: 1 }];
         for (node, term, slab) in [(NodeId(2), T1, 1), (N1, NodeTerm(2), 1), (N1, T1, 4)] {
-            assert_eq!(lun.map("web", node, term, &[Mapped { slab, ..wanted[0] }]), []);
+            assert_eq!(lun.map("web", node, term, &[Mapped { slab, ..wanted[0] }], &[1]), []);
         }
-        assert_eq!(lun.map("gone", N1, T1, &wanted), []);
-        assert_eq!(lun.map("web", N1, T1, &[Mapped { part: 8, slab: 1, count: u32::MAX }]), []);
+        assert_eq!(lun.map("gone", N1, T1, &wanted, &[1]), []);
+        assert_eq!(lun.map("web", N1, T1, &[Mapped { part: 8, slab: 1, count: u32::MAX }], &[1]), []);
         assert_eq!(lun, untouched);
-        assert_eq!(lun.take(N1, NodeTerm(2), &[], 1), [Slabs { first: 0, count: 1 }], "a new term takes anew");
+        assert_eq!(lun.take(N1, NodeTerm(2), &[], 1), taking(2, &[(0, 1)]), "a new term takes anew");
         account(&lun);
     }
 
@@ -424,16 +504,48 @@ mod tests {
     fn what_was_taken_and_forgotten_comes_first() {
         let mut lun = lun();
         lun.take(N1, T1, &[], 4);
-        assert_eq!(lun.take(N1, T1, &[Slabs { first: 1, count: 2 }], 9), [(0, 1).into(), (3, 1).into()]);
-        assert_eq!(lun.take(N1, T1, &[Slabs { first: 0, count: 4 }], 2), [(4, 2).into()]);
-        assert_eq!(lun.free_slabs(), 14);
+        assert_eq!(lun.take(N1, T1, &[(1, 2).into()], 9), taking(2, &[(0, 1), (3, 1)]));
+        assert_eq!(lun.take(N1, T1, &[(0, 4).into()], 2), taking(3, &[(4, 2)]));
+        assert_eq!((lun.free_slabs(), lun.taken_slabs()), (14, 6));
+        account(&lun);
+    }
+
+    #[test]
+    fn a_mapping_from_before_the_last_taking_of_its_slab_comes_too_late() {
+        let mut lun = lun();
+        lun.take(N1, T1, &[], 2);
+        // Its answer was lost; the node takes again, and zeroes again, what it forgot.
+        let late = [Mapped { part: 0, slab: 1, count: 1 }];
+        assert_eq!(lun.take(N1, T1, &[(0, 1).into()], 2), taking(2, &[(1, 1)]));
+        assert_eq!(lun.map("web", N1, T1, &late, &[1]), []);
+        assert_eq!(
+            lun.map("web", N1, T1, &[(1, 0, 2).into()], &[1]),
+            [(1, 0, 1).into()],
+            "the other slab is as it was"
+        );
+        assert_eq!(lun.map("web", N1, T1, &late, &[2]), late);
+        account(&lun);
+    }
+
+    #[test]
+    fn what_was_stored_before_takings_had_numbers_is_read() {
+        let mut lun = lun();
+        lun.take(N1, T1, &[], 4);
+        let mut stored = serde_json::to_value(&lun).unwrap();
+        stored["taken"]["1"] = serde_json::json!({"term": 1, "slabs": [[0, 4]]});
+        stored.as_object_mut().unwrap().remove("takings");
+        let mut lun: Lun = serde_json::from_value(stored).unwrap();
+        account(&lun);
+        let wanted = [Mapped { part: 0, slab: 1, count: 1 }];
+        assert_eq!(lun.map("web", N1, T1, &wanted, &[]), wanted);
+        assert_eq!(lun.take(N1, T1, &[], 4), taking(1, &[(0, 1), (2, 2)]));
     }
 
     #[test]
     fn a_full_volume_gives_what_it_has() {
         let mut lun = lun();
-        assert_eq!(lun.take(N1, T1, &[], 99), [Slabs { first: 0, count: 20 }]);
-        assert_eq!(lun.take(NodeId(2), T1, &[], 1), []);
+        assert_eq!(lun.take(N1, T1, &[], 99), taking(1, &[(0, 20)]));
+        assert_eq!(lun.take(NodeId(2), T1, &[], 1), Taking::default());
         assert_eq!((lun.free_slabs(), lun.used_slabs()), (0, 0));
         account(&lun);
     }
@@ -441,7 +553,7 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         Take(u64, u64, u32, u32),
-        Map(bool, u64, u64, Mapped),
+        Map(bool, u64, u64, Mapped, Option<u64>),
         GiveBack(u64),
         Drop(bool),
         /// The journal is written, and that is heard of or not.
@@ -454,7 +566,8 @@ mod tests {
         prop_oneof![
             (node.clone(), term.clone(), 0..21u32, 0..6u32)
                 .prop_map(|(node, term, known, most)| Step::Take(node, term, known, most)),
-            (any::<bool>(), node.clone(), term, run).prop_map(|(web, node, term, run)| Step::Map(web, node, term, run)),
+            (any::<bool>(), node.clone(), term, run, proptest::option::of(0..20u64))
+                .prop_map(|(web, node, term, run, taking)| Step::Map(web, node, term, run, taking)),
             node.prop_map(Step::GiveBack),
             any::<bool>().prop_map(Step::Drop),
             any::<bool>().prop_map(Step::Describe),
@@ -483,9 +596,9 @@ mod tests {
                     Step::Take(node, term, known, most) => {
                         drop(lun.take(NodeId(node), NodeTerm(term), &[Slabs { first: 0, count: known }], most));
                     }
-                    Step::Map(web, node, term, run) => {
+                    Step::Map(web, node, term, run, taking) => {
                         let name = if web { "web" } else { "db" };
-                        for found in lun.map(name, NodeId(node), NodeTerm(term), &[run]) {
+                        for found in lun.map(name, NodeId(node), NodeTerm(term), &[run], taking.as_slice()) {
                             prop_assert_eq!(lun.files[name].slab(found.part), Some(found.slab));
                         }
                     }

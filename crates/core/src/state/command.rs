@@ -224,6 +224,11 @@ pub enum Command {
         tenure: Tenure,
         /// Which parts, in which slabs.
         wanted: Vec<Mapped>,
+        /// For each of them, the taking that gave the slabs: one that the node has taken
+        /// again since is being zeroed again. What was written before takings had
+        /// numbers names none.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        takings: Vec<u64>,
     },
     /// The node that is to keep a LUN's journal begins to write it.
     ClaimJournal {
@@ -373,7 +378,7 @@ pub enum Reply {
     /// Applied; the host is this node now.
     Node(NodeId),
     /// Applied; these are the node's now.
-    Slabs(Vec<Slabs>),
+    Slabs(Taking),
     /// Applied; the parts that were asked for are here now, those that are missing
     /// nowhere.
     Mapped(Vec<Mapped>),

@@ -127,7 +127,9 @@ impl ClusterState {
             Command::TakeSlabs { volume, node, term, known, most } => {
                 self.take_slabs(&volume, node, term, &known, most)
             }
-            Command::MapSlabs { vm, disk, tenure, wanted } => self.map_slabs(vm, disk, &tenure, &wanted),
+            Command::MapSlabs { vm, disk, tenure, wanted, takings } => {
+                self.map_slabs(vm, disk, &tenure, &wanted, &takings)
+            }
             Command::ClaimJournal { volume, writer } => self.claim_journal(&volume, writer),
             Command::JournalWritten { volume, writer, outcome, repaired, ends } => {
                 self.journal_written(at_ms, &volume, writer, outcome, repaired, ends)

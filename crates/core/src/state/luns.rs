@@ -39,7 +39,14 @@ impl ClusterState {
         Ok(Reply::Slabs(lun.take(id, term, known, most)))
     }
 
-    pub(super) fn map_slabs(&mut self, id: VmId, disk: u32, tenure: &Tenure, wanted: &[Mapped]) -> Executed {
+    pub(super) fn map_slabs(
+        &mut self,
+        id: VmId,
+        disk: u32,
+        tenure: &Tenure,
+        wanted: &[Mapped],
+        takings: &[u64],
+    ) -> Executed {
         let vm = self.vms.get(&id).ok_or_else(|| Refusal::unknown("VM", id))?;
         if self.is_void(tenure) || !vm.tenures().any(|right| right == tenure) {
             return Err(Refusal::Conflict(format!(
@@ -51,7 +58,7 @@ impl ClusterState {
         }
         let disk = vm.spec.disks.get(disk as usize).ok_or_else(|| Refusal::unknown("disk", disk))?;
         let lun = self.luns.get_mut(&disk.volume).ok_or_else(|| Refusal::unknown("volume", &disk.volume))?;
-        Ok(Reply::Mapped(lun.map(&disk.file, tenure.node, tenure.term, wanted)))
+        Ok(Reply::Mapped(lun.map(&disk.file, tenure.node, tenure.term, wanted, takings)))
     }
 
     /// Whether its disks can be on LUNs where they are to be.

@@ -467,15 +467,17 @@ impl Agent {
         let by = format!("node {}", member.me);
         let (command, disk) = match ask {
             // It was removed, and nobody has a disk there.
-            Ask::Take { volume, .. } if !self.state().luns.contains_key(&volume) => return Answer::Slabs(Vec::new()),
+            Ask::Take { volume, .. } if !self.state().luns.contains_key(&volume) => {
+                return Answer::Slabs(Taking::default());
+            }
             Ask::Take { volume, known, most } => {
                 let term = self.0.keeper.watch().borrow().term;
                 (Command::TakeSlabs { volume, node: member.me, term, known, most }, None)
             }
-            Ask::Map { disk, wanted } => {
+            Ask::Map { disk, wanted, takings } => {
                 let tenure = member.serving.wanted().get(&disk).map(|disk| disk.tenure);
                 let Some(tenure) = tenure else { return Answer::Unknown };
-                (Command::MapSlabs { vm: disk.vm, disk: disk.disk, tenure, wanted }, Some(disk))
+                (Command::MapSlabs { vm: disk.vm, disk: disk.disk, tenure, wanted, takings }, Some(disk))
             }
         };
         let volume = match &command {
@@ -484,7 +486,7 @@ impl Agent {
         };
         match self.execute(&by, command).await {
             // Some will be free in a moment.
-            Ok(Reply::Slabs(slabs)) if slabs.is_empty() && self.frees(&volume) => {
+            Ok(Reply::Slabs(taking)) if taking.slabs.is_empty() && self.frees(&volume) => {
                 sleep(ASK_AGAIN).await;
                 Answer::Unknown
             }

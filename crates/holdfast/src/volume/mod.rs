@@ -47,8 +47,6 @@ const THREADS: usize = 4;
 const SOCKET_WITHIN: Duration = Duration::from_secs(5);
 /// How long what an earlier life of this server had on its way may take.
 const HOLD_WITHIN: Duration = Duration::from_secs(8);
-/// How long the zeroing of a slab may take that turned out to be in use.
-const WIPED_WITHIN: Duration = Duration::from_secs(8);
 /// How long what is under way may take when a disk is withdrawn.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(20);
 
@@ -304,7 +302,6 @@ impl Disks {
         let known = self.book().served.contains_key(&disk.id());
         let listener = if known { None } else { Some(self.sockets.wait(&disk.socket, SOCKET_WITHIN)?) };
         let (lun, geometry) = self.open(&disk)?;
-        self.keep_from_wiper(&disk, parts.iter().map(|(_, slab)| *slab).collect())?;
         let mut book = self.book();
         if book.under_way.get(&call).is_none_or(|call| call.serves.is_none()) {
             anyhow::bail!("the disk was withdrawn meanwhile");
@@ -328,15 +325,6 @@ impl Disks {
         self.server.serve(number, listener, export);
         book.served.insert(disk.id(), Served { number, order: disk, right });
         Ok(())
-    }
-
-    /// Returns when none of a disk's slabs is being zeroed, nor will be: what was asked
-    /// by an earlier life of this server may have made them parts of the disk when this
-    /// one took them for its own already.
-    fn keep_from_wiper(&self, disk: &Disk, slabs: Vec<u32>) -> anyhow::Result<()> {
-        let (ready, told) = channel();
-        let _ = self.line.send(News::InUse { volume: disk.volume_id, slabs, ready });
-        told.recv_timeout(WIPED_WITHIN).context("a slab of the disk is still being zeroed")
     }
 
     fn right(&self, given: bool) -> Right {

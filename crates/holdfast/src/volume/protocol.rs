@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use holdfast_core::{Mapped, Slabs, Tenure, VmId};
+use holdfast_core::{Mapped, Slabs, Taking, Tenure, VmId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -138,7 +138,7 @@ pub struct Known {
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     /// These slabs are the node's; none: there are none.
-    Slabs(Vec<Slabs>),
+    Slabs(Taking),
     /// The parts that were asked for are here, those that are missing nowhere.
     Mapped(Vec<Mapped>),
     /// Nobody knows what came of it.
@@ -184,5 +184,7 @@ pub enum Ask {
         disk: DiskId,
         /// Which parts, in which slabs.
         wanted: Vec<Mapped>,
+        /// For each of them, the taking that gave the slab.
+        takings: Vec<u64>,
     },
 }

@@ -29,9 +29,6 @@ pub enum News {
     Wanted { volume: Uuid, disk: DiskId, parts: Range<u32>, grant: Grant },
     /// A slab was zeroed, or could not be.
     Wiped { volume: Uuid, slab: u32, done: bool },
-    /// Slabs are parts of a disk that is to be served: `ready` hears of it when none of
-    /// them is being zeroed, nor will be.
-    InUse { volume: Uuid, slabs: Vec<u32>, ready: Sender<()> },
     /// The cluster answered.
     Answered { id: u64, answer: Answer },
     /// An agent has come: it gets all questions from now on.
@@ -65,8 +62,6 @@ struct Pool {
     supply: Supply<Grant>,
     /// While the LUN is open.
     wiper: Option<Sender<u32>>,
-    /// Who waits for the end of the wipe that is under way.
-    ready: Vec<Sender<()>>,
 }
 
 /// Gets slabs, for ever.
@@ -79,7 +74,7 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
             News::Opened { volume, name, lun, geometry, lease } => {
                 let wiper = start_wiper(volume, lun, geometry, lease, line.clone());
                 let supply = || Supply::new(&name, geometry.slab_bytes);
-                let pool = || Pool { supply: supply(), wiper: None, ready: Vec::new() };
+                let pool = || Pool { supply: supply(), wiper: None };
                 pools.entry(volume).or_insert_with(pool).wiper = Some(wiper);
             }
             News::Closed { volume } => {
@@ -97,20 +92,7 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
             }
             News::Wiped { volume, slab, done } => {
                 if let Some(pool) = pools.get_mut(&volume) {
-                    pool.supply.wiped(slab, done, &mut todo);
-                    for ready in pool.ready.drain(..) {
-                        let _ = ready.send(());
-                    }
-                }
-            }
-            News::InUse { volume, slabs, ready } => {
-                let Some(pool) = pools.get_mut(&volume) else { continue };
-                // All of them are to be known.
-                let busy = slabs.into_iter().filter(|slab| pool.supply.in_use(*slab)).count();
-                if busy > 0 {
-                    pool.ready.push(ready);
-                } else {
-                    let _ = ready.send(());
+                    pool.supply.wiped(slab, done);
                 }
             }
             News::Answered { id, answer } => {
@@ -186,6 +168,8 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    use holdfast_core::Taking;
+
     use super::*;
 
     /// Says when it is asked.
@@ -219,7 +203,7 @@ mod tests {
         line.send(News::Agent(say)).unwrap();
         line.send(opened(lun)).unwrap();
         let ToAgent::Ask { id, .. } = words.recv().unwrap() else { panic!("it asks") };
-        let answer = Answer::Slabs(vec![holdfast_core::Slabs { first: 0, count: 1 }]);
+        let answer = Answer::Slabs(Taking { number: 1, slabs: vec![(0, 1).into()] });
         line.send(News::Answered { id, answer }).unwrap();
         // It is about to be zeroed.
         questions.recv().unwrap();
