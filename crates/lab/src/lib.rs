@@ -33,6 +33,7 @@ mod process;
 mod procfs;
 mod registry;
 mod sys;
+pub use sys::touch_memory;
 mod watch;
 
 pub use fabric::{CLIENT, Fabric};

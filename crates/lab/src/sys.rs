@@ -40,6 +40,31 @@ pub(crate) fn with_no_signal_blocked(command: &mut Command) {
     }
 }
 
+/// Touches so many bytes of memory, in huge pages where there are some, and gives them
+/// back. Where this machine is a VM itself, its hypervisor may have taken free memory
+/// away, and whoever gets such memory pays for it.
+///
+/// # Errors
+/// When there is not that much.
+pub fn touch_memory(bytes: usize) -> io::Result<()> {
+    // SAFETY: the mapping is this function's own, it is written to within its bounds
+    // and nothing points to it when it is unmapped.
+    unsafe {
+        let (read_write, own) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let memory = libc::mmap(std::ptr::null_mut(), bytes, read_write, own, -1, 0);
+        if memory == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // Only advice: without it there are small pages.
+        libc::madvise(memory, bytes, libc::MADV_HUGEPAGE);
+        for page in (0..bytes).step_by(4096) {
+            memory.cast::<u8>().add(page).write_volatile(1);
+        }
+        libc::munmap(memory, bytes);
+    }
+    Ok(())
+}
+
 /// A descriptor that stands for the process `pid` and becomes readable when it
 /// has ended. Fails for a thread id that is no process.
 pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {

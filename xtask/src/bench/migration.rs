@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use holdfast_api::ProfileName;
 use holdfast_lab::cluster::{Cluster, GuestVm, VmTemplate};
 use holdfast_lab::guest::{self, GuestClient, Prober, TcpSession};
+use holdfast_lab::touch_memory;
 
 use super::bare::{Bare, Model};
 use super::stage::{PATIENCE, Stage};
@@ -20,6 +21,9 @@ const AFTERMATH: Duration = Duration::from_millis(500);
 /// The last byte of the guests' addresses.
 const OURS: u8 = 100;
 const BARE: u8 = 101;
+/// A target that got memory which nobody had touched for a while took its guest 150 ms
+/// later, on either side: both sides' targets find memory that was just used.
+const TOUCHED_BYTES: usize = 1 << 30;
 /// What the loaded guest does: the commands' lines.
 const LOAD: [&str; 2] = ["dirty 50 24", "writer on 100"];
 const NO_LOAD: &str = "idle";
@@ -71,10 +75,15 @@ fn measure(stage: &Stage, runs: usize, name: &str, mib: u64, load: &[&str]) -> R
     GuestClient::connect(Some(&vm.netns), bare_ip)?.ping(PATIENCE)?;
     let (mut ours, mut peer) = (Side::default(), Side::default());
     for run in 1..=runs {
-        under(&vm.netns, vm.ip, load, || move_ours(stage, &vm, &ends, &mut ours))
-            .with_context(|| format!("{name}, run {run}"))?;
-        under(&vm.netns, bare_ip, load, || move_bare(&vm.netns, bare_ip, &mut bare, &mut peer))
-            .with_context(|| format!("{name}, bare, run {run}"))?;
+        for side in [run % 2, (run + 1) % 2] {
+            if side == 0 {
+                under(&vm.netns, vm.ip, load, || move_ours(stage, &vm, &ends, &mut ours))
+                    .with_context(|| format!("{name}, run {run}"))?;
+            } else {
+                under(&vm.netns, bare_ip, load, || move_bare(&vm.netns, bare_ip, &mut bare, &mut peer))
+                    .with_context(|| format!("{name}, bare, run {run}"))?;
+            }
+        }
         eprintln!("{name}, run {run}: ours {}; bare {}", ours.last(), peer.last());
     }
     drop(bare);
@@ -116,6 +125,7 @@ fn move_ours(stage: &Stage, vm: &GuestVm, ends: &[String; 2], side: &mut Side) -
     // Asked where the VM is not: an agent that answers requests does it beside the migration.
     let node = stage.cluster.client(&stage.cluster.coordinator()?);
     let client = Client::start(&vm.netns, vm.ip)?;
+    touch_memory(TOUCHED_BYTES)?;
     let began = Instant::now();
     let job = node.migrate_vm(&vm.name, Some(target))?;
     let job = node.job_ended(job.id, PATIENCE)?;
@@ -128,6 +138,7 @@ fn move_ours(stage: &Stage, vm: &GuestVm, ends: &[String; 2], side: &mut Side) -
 
 fn move_bare(netns: &str, ip: Ipv4Addr, bare: &mut Bare, side: &mut Side) -> Result<()> {
     let client = Client::start(netns, ip)?;
+    touch_memory(TOUCHED_BYTES)?;
     let began = Instant::now();
     bare.migrate(|moved| {
         side.whole.push(began.elapsed());
