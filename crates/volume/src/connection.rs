@@ -2,12 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use crate::buffer::{Buffer, Pool};
 use crate::export::Export;
+use crate::link::{Guest, Judge, REQUEST_BYTES};
 use crate::nbd::{HEADER_BYTES, Handshake, Head, Negotiated, Request, Step};
+use crate::pipe::Pipe;
 
 /// Requests of one client that are served at a time; others wait in its socket.
 const MOST_REQUESTS: usize = 128;
@@ -34,6 +37,64 @@ struct Incoming {
 enum Phase {
     Handshake(Handshake),
     Transmission(Negotiated),
+    /// Another node's link.
+    Link,
+}
+
+/// Whom a link is from, and how its requests are judged.
+pub(crate) struct Visit {
+    pub(crate) guest: Guest,
+    pub(crate) judge: Judge,
+}
+
+/// What a connection's bytes go through.
+pub(crate) enum Stream {
+    /// To QEMU, on this host.
+    Local(UnixStream),
+    /// To another node.
+    Far(Box<dyn Pipe>),
+}
+
+impl Stream {
+    pub(crate) fn fd(&self) -> RawFd {
+        match self {
+            Stream::Local(stream) => stream.as_raw_fd(),
+            Stream::Far(pipe) => pipe.fd().as_raw_fd(),
+        }
+    }
+
+    pub(crate) fn close(&self) {
+        match self {
+            Stream::Local(stream) => drop(stream.shutdown(std::net::Shutdown::Both)),
+            Stream::Far(pipe) => pipe.give_up(),
+        }
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Local(stream) => stream.read(into),
+            Stream::Far(pipe) => pipe.read(into),
+        }
+    }
+
+    fn read_vectored(&mut self, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        match self {
+            Stream::Local(stream) => stream.read_vectored(into),
+            Stream::Far(pipe) => pipe.read_vectored(into),
+        }
+    }
+
+    fn write_vectored(&mut self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Stream::Local(stream) => stream.write_vectored(from),
+            Stream::Far(pipe) => pipe.write_vectored(from),
+        }
+    }
+
+    /// Whether less than was asked for means that there is no more for now.
+    fn tells_its_end(&self) -> bool {
+        matches!(self, Stream::Local(_))
+    }
 }
 
 /// What a connection wants after its socket was read.
@@ -49,7 +110,9 @@ pub(crate) enum Input {
 
 /// A client's connection.
 pub(crate) struct Connection {
-    pub(crate) stream: UnixStream,
+    pub(crate) stream: Stream,
+    /// It is another node's link.
+    pub(crate) visit: Option<Visit>,
     pub(crate) export: Arc<Export>,
     phase: Phase,
     /// Bytes that are no whole message yet, or that wait while it is full.
@@ -60,6 +123,8 @@ pub(crate) struct Connection {
     answers: VecDeque<Answer>,
     /// Of the first answer, so many bytes are sent.
     sent: usize,
+    /// What the stream has taken is not all sent.
+    unflushed: bool,
     /// Requests that are served.
     pub(crate) requests: usize,
     bytes: usize,
@@ -81,15 +146,30 @@ impl Connection {
     pub(crate) fn new(stream: UnixStream, export: Arc<Export>, serial: u64) -> Connection {
         let mut greeting = Vec::new();
         let handshake = Handshake::begin(&mut greeting);
+        let mut connection = Connection::of(Stream::Local(stream), export, serial, Phase::Handshake(handshake));
+        connection.answers.push_back(Answer::Bytes(greeting));
+        connection
+    }
+
+    /// Another node's link, which was let in.
+    pub(crate) fn of_link(pipe: Box<dyn Pipe>, export: Arc<Export>, serial: u64, visit: Visit) -> Connection {
+        let mut connection = Connection::of(Stream::Far(pipe), export, serial, Phase::Link);
+        connection.visit = Some(visit);
+        connection
+    }
+
+    fn of(stream: Stream, export: Arc<Export>, serial: u64, phase: Phase) -> Connection {
         Connection {
             stream,
+            visit: None,
             export,
-            phase: Phase::Handshake(handshake),
+            phase,
             backlog: Vec::new(),
             incoming: None,
             unwanted: 0,
-            answers: VecDeque::from([Answer::Bytes(greeting)]),
+            answers: VecDeque::new(),
             sent: 0,
+            unflushed: false,
             requests: 0,
             bytes: 0,
             full: false,
@@ -109,14 +189,29 @@ impl Connection {
     /// How answers look.
     pub(crate) fn agreed(&self) -> Negotiated {
         match self.phase {
-            Phase::Handshake(_) => Negotiated::default(),
+            Phase::Handshake(_) | Phase::Link => Negotiated::default(),
             Phase::Transmission(agreed) => agreed,
         }
     }
 
+    /// Whether nothing more is to be done for it: nobody hears the answers.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken || self.visit.as_ref().is_some_and(|visit| visit.guest.is_over())
+    }
+
+    /// Says that this node is there, where that is to be said, unless something else does.
+    pub(crate) fn ping(&mut self) -> bool {
+        let Some(visit) = self.visit.as_ref().filter(|_| self.answers.is_empty() && !self.unflushed) else {
+            return false;
+        };
+        let head = Head::done(crate::nbd::client::NOBODY, false).stamped(visit.judge.0.now_ns());
+        self.answers.push_back(Answer::Reply { head, data: None });
+        true
+    }
+
     /// Whether nothing is left to do for it.
     pub(crate) fn is_done(&self) -> bool {
-        self.requests == 0 && (self.broken || self.over && self.answers.is_empty())
+        self.requests == 0 && (self.broken || self.over && !self.has_answers())
     }
 
     /// Reads what the socket has, and puts whole requests, with the data of writes,
@@ -147,8 +242,8 @@ impl Connection {
             let payload = wanted.as_ref().map_or(0, |wanted| wanted.len());
             let room = payload + free.len();
             let read = match wanted {
-                None => (&self.stream).read(free),
-                Some(wanted) => (&self.stream).read_vectored(&mut [IoSliceMut::new(wanted), IoSliceMut::new(free)]),
+                None => self.stream.read(free),
+                Some(wanted) => self.stream.read_vectored(&mut [IoSliceMut::new(wanted), IoSliceMut::new(free)]),
             };
             let count = match read {
                 Ok(0) => return self.ended(),
@@ -164,7 +259,7 @@ impl Connection {
             };
             self.received(count.min(payload), begun);
             self.understand(&scratch[..held + count.saturating_sub(payload)], pool, begun);
-            if count < room && self.has_room() {
+            if count < room && self.has_room() && self.stream.tells_its_end() {
                 // It was drained: the watch tells of what comes now.
                 return Input::Drained;
             }
@@ -245,9 +340,17 @@ impl Connection {
         begun: &mut Vec<(Request, Option<Buffer>)>,
     ) -> Option<usize> {
         let header = rest.first_chunk::<HEADER_BYTES>()?;
+        let (used, until_ns) = match self.visit {
+            None => (HEADER_BYTES, None),
+            Some(_) => {
+                let whole = rest.first_chunk::<REQUEST_BYTES>()?;
+                (REQUEST_BYTES, whole.last_chunk().copied().map(u64::from_be_bytes))
+            }
+        };
         match Request::parse(header) {
             None => self.over = true,
-            Some(request) => {
+            Some(mut request) => {
+                request.until_ns = until_ns;
                 let length = request.payload() as usize;
                 self.requests += 1;
                 self.bytes += request.data_bytes();
@@ -261,7 +364,7 @@ impl Connection {
                 }
             }
         }
-        Some(HEADER_BYTES)
+        Some(used)
     }
 
     /// A request is answered, and its data, if any, goes with the answer.
@@ -270,6 +373,10 @@ impl Connection {
         if data.is_none() {
             self.bytes -= request.data_bytes();
         }
+        let head = match &self.visit {
+            None => head,
+            Some(visit) => head.stamped(visit.judge.0.now_ns()),
+        };
         self.answers.push_back(Answer::Reply { head, data });
     }
 
@@ -294,10 +401,17 @@ impl Connection {
             }
             let mut pieces = &mut pieces[..];
             IoSlice::advance_slices(&mut pieces, self.sent);
-            match (&self.stream).write_vectored(pieces) {
+            match self.stream.write_vectored(pieces) {
                 Ok(count) => self.was_sent(count, pool),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => self.broken = true,
+            }
+        }
+        if let Stream::Far(pipe) = &mut self.stream {
+            match pipe.flush() {
+                Ok(()) => self.unflushed = false,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.unflushed = true,
                 Err(_) => self.broken = true,
             }
         }
@@ -325,7 +439,7 @@ impl Connection {
 
     /// Whether something waits to be sent.
     pub(crate) fn has_answers(&self) -> bool {
-        !self.answers.is_empty()
+        !self.answers.is_empty() || self.unflushed
     }
 }
 

@@ -12,8 +12,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::buffer::{Buffer, Pool};
 use crate::export::{Fence, Open, OpenError, end, open};
+use crate::link::{Link, Welcomed};
 use crate::lun::{Device, PAGE_BYTES};
 use crate::nbd::client::Address;
+use crate::paths::{Carried, Hears, Paths, Reach};
 use crate::piece::{Ended, Op, Piece};
 use crate::remote::{Remote, SETTLES_WITHIN};
 
@@ -32,9 +34,18 @@ pub(crate) enum Storage {
     Remote(Arc<Remote>),
 }
 
+/// How the bytes of a disk or a LUN are reached.
+#[derive(Clone, Debug)]
+pub(crate) enum Reached {
+    /// In the one way that there is.
+    Plain(Storage),
+    /// By whichever way works.
+    Ways(Arc<Paths>),
+}
+
 impl Storage {
     /// Does something, and returns when it is done.
-    fn perform(&self, mut piece: Piece) -> Ended {
+    pub(crate) fn perform(&self, mut piece: Piece) -> Ended {
         match self {
             Storage::Remote(remote) => remote.wait(piece),
             Storage::File(file) => {
@@ -73,7 +84,7 @@ fn allocate(file: &File, way: FallocateFlags, at: u64, length: u64) -> io::Resul
 /// volume. Clones are the same open device; a process has one for each LUN.
 #[derive(Clone, Debug)]
 pub struct Lun {
-    pub(crate) storage: Storage,
+    pub(crate) reached: Reached,
     pub(crate) block: u32,
     path: PathBuf,
     bytes: u64,
@@ -89,7 +100,10 @@ impl Lun {
     /// [`OpenError`] says what it is instead.
     pub fn open(path: &Path) -> Result<Lun, OpenError> {
         let failed = |source| OpenError::Io { path: path.into(), source };
-        let of = |storage, block, bytes| Lun { storage, block, path: path.into(), bytes, pool: Arc::default() };
+        let of = |storage, block, bytes| {
+            let reached = Reached::Plain(storage);
+            Lun { reached, block, path: path.into(), bytes, pool: Arc::default() }
+        };
         if let Some(address) = Address::parse(path) {
             let (remote, found) = address.and_then(crate::remote::connect).map_err(failed)?;
             if found.block as usize > PAGE_BYTES || !found.block.is_power_of_two() {
@@ -121,6 +135,11 @@ impl Lun {
         self.bytes
     }
 
+    /// What requests have to be multiples of, in bytes.
+    pub fn block_bytes(&self) -> u32 {
+        self.block
+    }
+
     /// Takes the LUN for this process, and so waits until no I/O is under way of a
     /// process of this host that had it before, even if that was killed: the kernel
     /// may finish what a dead process has submitted, and that must not come after what
@@ -131,13 +150,15 @@ impl Lun {
     /// # Errors
     /// The system's.
     pub fn hold(&self, patience: Duration) -> io::Result<bool> {
-        match &self.storage {
-            Storage::File(file) => hold(file, patience),
-            Storage::Remote(_) if patience < SETTLES_WITHIN => Ok(false),
-            Storage::Remote(_) => {
+        match &self.reached {
+            Reached::Plain(Storage::File(file)) => hold(file, patience),
+            Reached::Plain(Storage::Remote(_)) if patience < SETTLES_WITHIN => Ok(false),
+            Reached::Plain(Storage::Remote(_)) => {
                 std::thread::sleep(SETTLES_WITHIN);
                 Ok(true)
             }
+            // Each way was held before it became one.
+            Reached::Ways(_) => Ok(true),
         }
     }
 
@@ -148,8 +169,8 @@ impl Lun {
     /// # Errors
     /// The system's.
     pub fn outlive_others(&self, patience: Duration) -> io::Result<bool> {
-        match &self.storage {
-            Storage::File(file) if !file.metadata()?.file_type().is_block_device() => Ok(true),
+        match &self.reached {
+            Reached::Plain(Storage::File(file)) if !file.metadata()?.file_type().is_block_device() => Ok(true),
             _ => self.hold(patience),
         }
     }
@@ -177,7 +198,10 @@ impl Lun {
                 return Ok(false);
             }
             let (from, length) = (at + done, (bytes - done).min(PIECE_BYTES as u64));
-            let by_itself = |op| self.storage.perform(Piece::without_data(op, from, length)).outcome.is_ok();
+            let by_itself = |op| {
+                let ended = self.perform_while(Piece::without_data(op, from, length), fence);
+                ended.is_some_and(|ended| ended.outcome.is_ok())
+            };
             if zeroes.is_some() || !ways.into_iter().any(by_itself) {
                 // The device did not answer at once, perhaps.
                 if !fence.may_write() {
@@ -185,14 +209,16 @@ impl Lun {
                 }
                 let buffer = zeroes.take().unwrap_or_else(|| self.buffer(PIECE_BYTES));
                 let piece = Piece { op: Op::Write { durable: false }, at: from, length, buffer, skip: 0 };
-                let Ended { piece, outcome } = self.storage.perform(piece);
+                let Some(Ended { piece, outcome }) = self.perform_while(piece, fence) else { return Ok(false) };
                 zeroes = Some(piece.buffer);
                 outcome?;
             }
             done += length;
         }
-        self.flush()?;
-        Ok(true)
+        match self.perform_while(Piece::without_data(Op::Sync, 0, 0), fence) {
+            Some(ended) => ended.outcome.map(|_| true),
+            None => Ok(false),
+        }
     }
 
     /// Tells the device that what is in a range is not needed any more; what it reads
@@ -201,10 +227,111 @@ impl Lun {
     /// # Errors
     /// The system's.
     pub fn discard(&self, at: u64, bytes: u64) -> io::Result<()> {
-        match self.storage.perform(Piece::without_data(Op::Trim, at, bytes)).outcome {
+        match self.perform(Piece::without_data(Op::Trim, at, bytes)).outcome {
             Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => Ok(()),
             outcome => outcome.map(drop),
         }
+    }
+
+    /// Does something, and returns when it is done.
+    fn perform(&self, piece: Piece) -> Ended {
+        match &self.reached {
+            Reached::Plain(storage) => storage.perform(piece),
+            Reached::Ways(paths) => paths.perform(piece, &|| true).unwrap_or_else(|| Ended {
+                piece: Piece::without_data(Op::Sync, 0, 0),
+                outcome: Err(io::ErrorKind::NotConnected.into()),
+            }),
+        }
+    }
+
+    /// As [`Lun::perform`]; `None`: it waited for a way while `fence` was closed.
+    fn perform_while(&self, piece: Piece, fence: &dyn Fence) -> Option<Ended> {
+        match &self.reached {
+            Reached::Plain(storage) => Some(storage.perform(piece)),
+            Reached::Ways(paths) => paths.perform(piece, &|| fence.may_write()),
+        }
+    }
+
+    /// The LUN, reached by this host itself or through another node, whichever works.
+    /// `direct` is the LUN as this host has it open, or why it has not; in that case
+    /// somebody who reaches it said what it is like. `opens` opens it anew, perhaps at
+    /// another device.
+    ///
+    /// # Errors
+    /// The system gives no thread; nobody knows what the LUN is like.
+    pub fn by_ways(
+        path: &Path,
+        direct: Result<Lun, String>,
+        welcomed: Option<Welcomed>,
+        opens: impl Fn() -> io::Result<Lun> + Send + Sync + 'static,
+        hears: Hears,
+    ) -> io::Result<Lun> {
+        let known = match (&direct, welcomed) {
+            (Ok(lun), _) => Welcomed { block: lun.block, bytes: lun.bytes },
+            (Err(_), Some(welcomed)) => welcomed,
+            (Err(why), None) => return Err(io::Error::other(why.clone())),
+        };
+        let plain = |lun: Lun| match lun.reached {
+            Reached::Plain(storage) => Ok(storage),
+            Reached::Ways(_) => Err(io::Error::other("it is reached by ways already")),
+        };
+        let opens = move || {
+            let lun = opens()?;
+            match lun.bytes < known.bytes || lun.block > known.block {
+                true => Err(io::Error::other("the device is another one now")),
+                false => plain(lun),
+            }
+        };
+        let direct = direct.and_then(|lun| plain(lun).map_err(|error| error.to_string()));
+        let paths = Paths::new(direct, Box::new(opens), hears)?;
+        let Welcomed { block, bytes } = known;
+        Ok(Lun { reached: Reached::Ways(Arc::new(paths)), block, path: path.into(), bytes, pool: Arc::default() })
+    }
+
+    fn paths(&self) -> Option<&Paths> {
+        match &self.reached {
+            Reached::Plain(_) => None,
+            Reached::Ways(paths) => Some(paths),
+        }
+    }
+
+    /// Another node is to be gone through where that is needed, or none. `new_owner`:
+    /// whatever earlier ones had been asked for is certainly over.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub fn go_through(&self, link: Option<Link>, new_owner: bool) -> io::Result<()> {
+        let link = link.map(Link::start).transpose()?;
+        if let Some(paths) = self.paths() {
+            paths.set_link(link, new_owner);
+        }
+        Ok(())
+    }
+
+    /// Whether the other node is to be gone through although this host's own way works.
+    pub fn plan(&self, planned: bool) {
+        if let Some(paths) = self.paths() {
+            paths.set_planned(planned);
+        }
+    }
+
+    /// Uses this host's own way only after the other node has answered once: an earlier
+    /// life of this process may have something under way there.
+    pub fn hold_direct(&self) {
+        if let Some(paths) = self.paths() {
+            paths.hold();
+        }
+    }
+
+    /// Waits until this host's own way may be used, if it works: see [`Lun::hold_direct`].
+    /// `false` if it may still not be after `patience`.
+    pub fn wait_direct(&self, patience: Duration) -> bool {
+        self.paths().is_none_or(|paths| paths.wait_unheld(patience))
+    }
+
+    /// How it is reached, and what went through other nodes so far.
+    pub fn reach(&self) -> (Reach, Carried) {
+        self.paths().map_or((Reach::Direct, Carried::default()), |paths| (paths.reach(), paths.carried()))
     }
 
     /// Zeroed memory that the device can read from and write to.
@@ -242,8 +369,7 @@ impl Device for Lun {
         let mut from = at;
         for bytes in into.chunks_mut(PIECE_BYTES) {
             let length = bytes.len() as u64;
-            let Ended { piece, outcome } =
-                self.storage.perform(Piece { op: Op::Read, at: from, length, buffer, skip: 0 });
+            let Ended { piece, outcome } = self.perform(Piece { op: Op::Read, at: from, length, buffer, skip: 0 });
             outcome?;
             bytes.copy_from_slice(piece.data());
             buffer = piece.buffer;
@@ -260,7 +386,7 @@ impl Device for Lun {
             let length = bytes.len() as u64;
             let mut piece = Piece { op: Op::Write { durable: false }, at: to, length, buffer, skip: 0 };
             piece.data_mut().copy_from_slice(bytes);
-            let Ended { piece, outcome } = self.storage.perform(piece);
+            let Ended { piece, outcome } = self.perform(piece);
             outcome?;
             buffer = piece.buffer;
             to += length;
@@ -270,7 +396,7 @@ impl Device for Lun {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.storage.perform(Piece::without_data(Op::Sync, 0, 0)).outcome.map(drop)
+        self.perform(Piece::without_data(Op::Sync, 0, 0)).outcome.map(drop)
     }
 }
 

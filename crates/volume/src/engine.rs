@@ -10,7 +10,7 @@
 mod work;
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -34,6 +34,8 @@ const SCRATCH_BYTES: usize = 256 << 10;
 const PARKED_AGAIN: Duration = Duration::from_millis(5);
 /// After so long without anything to do, memory is for others.
 const AT_REST: Duration = Duration::from_secs(1);
+/// How often another node hears of this one, if of nothing else.
+const PING: Duration = Duration::from_millis(100);
 /// What a socket holds of answers, so that one with data goes at once.
 const SEND_BYTES: usize = 2 << 20;
 
@@ -80,6 +82,9 @@ pub(crate) struct Engine {
     pool: Pool,
     scratch: Vec<u8>,
     stopping: bool,
+    /// Links of other nodes, and when they are to hear something again.
+    links: usize,
+    ping_at: Instant,
 }
 
 impl Engine {
@@ -106,16 +111,19 @@ impl Engine {
             pool: Pool::default(),
             scratch: vec![0; SCRATCH_BYTES],
             stopping: false,
+            links: 0,
+            ping_at: Instant::now(),
         })
     }
 
     /// Serves until it is told to stop and nothing is under way.
     pub(crate) fn run(mut self) -> io::Result<()> {
         while !(self.stopping && self.active.is_empty() && self.withdrawing.is_empty()) {
-            let patience = match (self.parked.is_empty(), self.pool.is_empty()) {
-                (false, _) => Some(PARKED_AGAIN),
-                (true, false) => Some(AT_REST),
-                (true, true) => None,
+            let patience = match (self.parked.is_empty(), self.links, self.pool.is_empty()) {
+                (false, ..) => Some(PARKED_AGAIN),
+                (true, 1.., _) => Some(PING),
+                (true, 0, false) => Some(AT_REST),
+                (true, 0, true) => None,
             };
             self.ring.enter(patience)?;
             let mut slept = true;
@@ -130,6 +138,7 @@ impl Engine {
                 self.try_parked()?;
             }
             self.rung = false;
+            self.ping();
             while let Some(at) = self.touched.pop() {
                 self.settle(at)?;
             }
@@ -197,6 +206,12 @@ impl Engine {
                 self.listeners[at].watch = self.ring.push(Token::Listener(at, serial), watched)?;
             }
             Order::Adopt(stream, export) => self.adopt(stream, export)?,
+            Order::Visit(pipe, export, visit) => {
+                self.serial += 1;
+                let connection = Connection::of_link(pipe, export, self.serial, visit);
+                self.links += 1;
+                self.watch(connection)?;
+            }
             Order::Withdraw(id, export, tell) => {
                 self.stop_listening(|listening| listening.id == id)?;
                 self.close_where(|connection| Arc::ptr_eq(&connection.export, &export));
@@ -224,7 +239,7 @@ impl Engine {
         for (at, connection) in &mut self.connections {
             if which(connection) {
                 connection.broken = true;
-                let _ = connection.stream.shutdown(std::net::Shutdown::Both);
+                connection.stream.close();
                 self.touched.push(at);
             }
         }
@@ -275,13 +290,29 @@ impl Engine {
         stream.set_nonblocking(true)?;
         // Whoever may not have more gets what the system gives.
         let _ = nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::SndBufForce, &SEND_BYTES);
-        let watched = Io::Readable(stream.as_raw_fd());
         self.serial += 1;
-        let serial = self.serial;
-        let at = self.connections.insert(Connection::new(stream, export, serial));
+        self.watch(Connection::new(stream, export, self.serial))
+    }
+
+    fn watch(&mut self, connection: Connection) -> io::Result<()> {
+        let (watched, serial) = (Io::Readable(connection.stream.fd()), connection.serial);
+        let at = self.connections.insert(connection);
         self.connections[at].watch = self.ring.push(Token::Readable(at, serial), watched)?;
         self.touched.push(at);
         Ok(())
+    }
+
+    /// Lets nodes know that this one is there.
+    fn ping(&mut self) {
+        let now = Instant::now();
+        if self.links > 0 && now >= self.ping_at {
+            self.ping_at = now + PING;
+            for (at, connection) in &mut self.connections {
+                if connection.ping() {
+                    self.touched.push(at);
+                }
+            }
+        }
     }
 
     fn read(&mut self, at: usize) -> io::Result<()> {
@@ -303,12 +334,12 @@ impl Engine {
         connection.send(&mut self.pool);
         if connection.is_done() {
             let watch = connection.watch;
-            self.connections.remove(at);
+            self.links -= usize::from(self.connections.remove(at).visit.is_some());
             return self.ring.cancel(watch);
         }
         if connection.has_answers() && !connection.waits_for_room && !connection.broken {
             connection.waits_for_room = true;
-            let watched = Io::Writable(connection.stream.as_raw_fd());
+            let watched = Io::Writable(connection.stream.fd());
             let token = Token::Room(at, connection.serial);
             self.ring.push(token, watched)?;
         }

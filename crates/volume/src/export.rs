@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::unistd::Whence;
 
 use crate::buffer::{ALIGNMENT, Pool};
-use crate::device::{Lun, Storage};
+use crate::device::{Lun, Reached, Storage};
 use crate::lun::Geometry;
 use crate::nbd::{Extent, Offer};
 use crate::parts::{Allocator, Parts, Place};
@@ -99,6 +99,8 @@ pub struct Export {
     /// Nobody is let in any more.
     pub(crate) withdrawn: AtomicBool,
     pub(crate) tally: Tally,
+    /// It is served to other nodes: none of them does anything for it.
+    pub(crate) alone: bool,
     /// In bytes; it may grow.
     size: AtomicU64,
     backing: Backing,
@@ -109,11 +111,13 @@ enum Backing {
     File {
         file: Arc<File>,
         /// The same.
-        storage: Storage,
+        reached: Reached,
         /// Holes can be asked for.
         sparse: bool,
     },
     Lun(Arc<Parts>),
+    /// All of a LUN, for nodes that have no path to it.
+    Whole(Lun),
 }
 
 impl Export {
@@ -141,7 +145,8 @@ impl Export {
             (cached(path, !spec.read_only).map_err(failed)?, 512)
         };
         let file = Arc::new(file);
-        let backing = Backing::File { storage: Storage::File(file.clone()), file, sparse: kind.is_file() };
+        let backing =
+            Backing::File { reached: Reached::Plain(Storage::File(file.clone())), file, sparse: kind.is_file() };
         Ok(Export::of(spec.name.clone(), size, spec.read_only, block, fence, backing))
     }
 
@@ -163,12 +168,21 @@ impl Export {
         Ok(Export::of(name, bytes, read_only, block, fence, backing))
     }
 
+    /// All of a LUN that this node owns, for the links of other nodes.
+    pub(crate) fn whole(lun: Lun) -> Export {
+        let (bytes, block, name) = (lun.bytes(), lun.block, lun.path().display().to_string());
+        let mut export = Export::of(name, bytes, false, block, Arc::new(Open), Backing::Whole(lun));
+        export.alone = true;
+        export
+    }
+
     fn of(name: String, size: u64, read_only: bool, block: u32, fence: Arc<dyn Fence>, backing: Backing) -> Export {
         Export {
             offer: Offer { name, size, read_only, block, preferred: ALIGNMENT as u32 },
             fence,
             withdrawn: AtomicBool::new(false),
             tally: Tally::default(),
+            alone: false,
             size: AtomicU64::new(size),
             backing,
         }
@@ -183,6 +197,7 @@ impl Export {
         match &self.backing {
             Backing::File { file, .. } => crate::device::hold(file, patience),
             Backing::Lun(parts) => parts.lun.hold(patience),
+            Backing::Whole(lun) => lun.hold(patience),
         }
     }
 
@@ -208,23 +223,25 @@ impl Export {
             }
             Backing::File { .. } => {}
             Backing::Lun(parts) => parts.grow(bytes),
+            Backing::Whole(_) => return wrong("a LUN does not grow"),
         }
         self.size.fetch_max(bytes, Ordering::AcqRel);
         Ok(())
     }
 
     /// Where its bytes are.
-    pub(crate) fn storage(&self) -> &Storage {
+    pub(crate) fn reached(&self) -> &Reached {
         match &self.backing {
-            Backing::File { storage, .. } => storage,
-            Backing::Lun(parts) => &parts.lun.storage,
+            Backing::File { reached, .. } => reached,
+            Backing::Lun(parts) => &parts.lun.reached,
+            Backing::Whole(lun) => &lun.reached,
         }
     }
 
     /// Its parts, where it is on a LUN.
     pub(crate) fn parts(&self) -> Option<&Arc<Parts>> {
         match &self.backing {
-            Backing::File { .. } => None,
+            Backing::File { .. } | Backing::Whole(_) => None,
             Backing::Lun(parts) => Some(parts),
         }
     }
@@ -233,7 +250,7 @@ impl Export {
     /// there, and in which part: that part has been entered if it is present.
     pub(crate) fn place(&self, offset: u64, length: u64) -> (Place, u64, Option<u32>) {
         match &self.backing {
-            Backing::File { .. } => (Place::At(offset), length, None),
+            Backing::File { .. } | Backing::Whole(_) => (Place::At(offset), length, None),
             Backing::Lun(parts) => {
                 let (part, rest) = parts.part_of(offset);
                 (parts.enter(offset), length.min(rest), Some(part))
@@ -244,7 +261,7 @@ impl Export {
     /// What is allocated from `offset` on, for `length` bytes, in at most `most` runs.
     pub(crate) fn extents(&self, offset: u64, length: u32, most: usize) -> io::Result<Vec<Extent>> {
         match &self.backing {
-            Backing::File { sparse: false, .. } => Ok(vec![Extent { length, hole: false }]),
+            Backing::File { sparse: false, .. } | Backing::Whole(_) => Ok(vec![Extent { length, hole: false }]),
             Backing::File { file, sparse: true, .. } => holes(file, offset, length, most),
             Backing::Lun(parts) => {
                 let (mut at, end) = (offset, offset + u64::from(length));

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 
+use crate::connection::Visit;
 use crate::export::Export;
 use crate::piece::Ended;
+use crate::pipe::Pipe;
 
 /// What a thread is told.
 pub(crate) enum Order {
@@ -15,6 +17,8 @@ pub(crate) enum Order {
     Serve(u64, UnixListener, Arc<Export>),
     /// Serve this client.
     Adopt(UnixStream, Arc<Export>),
+    /// Serve this link of another node.
+    Visit(Box<dyn Pipe>, Arc<Export>, Visit),
     /// Serve it no more, end its connections, and tell when no I/O of it is left.
     Withdraw(u64, Arc<Export>, SyncSender<()>),
     /// End.

@@ -16,8 +16,8 @@ pub trait Pipe: Read + Write + Send {
     /// What to watch.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// The connection is given up: what was written and has not left this host is not
-    /// to be sent any more.
+    /// What was written and has not left this host is not sent any more once the
+    /// connection is closed, by whomever.
     fn give_up(&self);
 }
 

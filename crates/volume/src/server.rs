@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -11,9 +11,13 @@ use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::connection::Visit;
+use crate::device::Lun;
 use crate::engine::Engine;
 use crate::export::Export;
+use crate::link::{Guest, Judge, Lease};
 use crate::order::{Line, Order};
+use crate::pipe::Pipe;
 use crate::tally::Counters;
 
 /// Orders that a thread has not read yet.
@@ -24,6 +28,26 @@ pub struct Server {
     lines: Arc<[Line]>,
     threads: Vec<JoinHandle<()>>,
     served: Mutex<BTreeMap<u64, (usize, Arc<Export>)>>,
+    /// The thread that serves the next link.
+    next: AtomicUsize,
+}
+
+/// A LUN on which this node does I/O for others.
+pub struct Hosted {
+    export: Arc<Export>,
+    lease: Arc<dyn Lease>,
+}
+
+impl Hosted {
+    /// Does so while it has a lease.
+    pub fn new(lun: Lun, lease: Arc<dyn Lease>) -> Hosted {
+        Hosted { export: Arc::new(Export::whole(lun)), lease }
+    }
+
+    /// What was done for others, and what of it waits.
+    pub fn counters(&self) -> Counters {
+        self.export.tally.counters()
+    }
 }
 
 impl Server {
@@ -55,10 +79,10 @@ impl Server {
                     std::process::abort();
                 }
             };
-            running.push(std::thread::Builder::new().name(format!("disks-{me}")).stack_size(256 << 10).spawn(body)?);
+            running.push(std::thread::Builder::new().name(format!("disks-{me}")).stack_size(1 << 20).spawn(body)?);
             told.recv().unwrap_or_else(|_| Err(io::Error::other("the thread ended at once")))?;
         }
-        Ok(Server { lines, threads: running, served: Mutex::default() })
+        Ok(Server { lines, threads: running, served: Mutex::default(), next: AtomicUsize::new(0) })
     }
 
     /// Serves a disk to whoever connects to `listener`, under a number that was not
@@ -68,6 +92,13 @@ impl Server {
         let home = id as usize % self.lines.len();
         self.served().insert(id, (home, export.clone()));
         self.lines[home].tell(Order::Serve(id, listener, export));
+    }
+
+    /// Does I/O on a LUN for another node, whose link was let in.
+    pub fn let_in(&self, hosted: &Hosted, pipe: Box<dyn Pipe>, guest: Guest) {
+        let visit = Visit { guest, judge: Judge(hosted.lease.clone()) };
+        let next = self.next.fetch_add(1, Ordering::Relaxed) % self.lines.len();
+        self.lines[next].tell(Order::Visit(pipe, hosted.export.clone(), visit));
     }
 
     /// Serves a disk no more, and returns when nothing of it is under way; `false`

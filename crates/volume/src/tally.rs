@@ -21,6 +21,19 @@ pub struct Counters {
     pub waiting_for_fence: u64,
     /// Requests that wait for slabs, or until slabs are given back.
     pub waiting_for_slabs: u64,
+    /// Requests that wait until there is a way to the storage.
+    pub waiting_for_way: u64,
+}
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waiting {
+    /// That this node may write.
+    Fence,
+    /// Slabs, or that some are given back.
+    Slabs,
+    /// A way to the storage.
+    Way,
 }
 
 /// Counts while the disk is served.
@@ -33,6 +46,7 @@ pub(crate) struct Tally {
     failed: AtomicU64,
     fence: AtomicU64,
     slabs: AtomicU64,
+    way: AtomicU64,
 }
 
 impl Tally {
@@ -51,8 +65,12 @@ impl Tally {
     }
 
     /// A request begins to wait, or does so no more.
-    pub(crate) fn waits(&self, for_fence: bool, begins: bool) {
-        let count = if for_fence { &self.fence } else { &self.slabs };
+    pub(crate) fn waits(&self, what: Waiting, begins: bool) {
+        let count = match what {
+            Waiting::Fence => &self.fence,
+            Waiting::Slabs => &self.slabs,
+            Waiting::Way => &self.way,
+        };
         match begins {
             true => count.fetch_add(1, Ordering::Relaxed),
             false => count.fetch_sub(1, Ordering::Relaxed),
@@ -69,6 +87,7 @@ impl Tally {
             failed: of(&self.failed),
             waiting_for_fence: of(&self.fence),
             waiting_for_slabs: of(&self.slabs),
+            waiting_for_way: of(&self.way),
         }
     }
 }

@@ -9,12 +9,16 @@ use std::time::Instant;
 
 use super::{Engine, PARKED_AGAIN, Token};
 use crate::buffer::Buffer;
-use crate::device::Storage;
-use crate::export::Export;
+use crate::device::{Reached, Storage};
+use crate::export::{Export, Fence};
+use crate::link::Until;
 use crate::nbd::{Command, Errno, Extent, Head, MAX_REQUEST_BYTES, Request};
 use crate::parts::{Asked, Place};
+use crate::paths::{Begin, Luck};
 use crate::piece::{Back, Op, Piece};
+use crate::remote::LATE;
 use crate::ring::Io;
+use crate::tally::Waiting;
 
 /// Extents in one answer.
 const MOST_EXTENTS: usize = 512;
@@ -36,6 +40,9 @@ pub(super) struct Active {
     /// The part that it asked for last.
     asked: Option<u32>,
     waits: Waits,
+    /// Its attempt that is under way, where there is more than one way.
+    attempt: Option<usize>,
+    luck: Luck,
 }
 
 /// What the storage does for a request.
@@ -65,6 +72,18 @@ enum Waits {
     Slab(u32, u64),
     /// That slabs are given back.
     Release,
+    /// That there is a way to the storage.
+    Way,
+}
+
+impl Waits {
+    fn counted(self) -> Waiting {
+        match self {
+            Waits::Fence => Waiting::Fence,
+            Waits::Way => Waiting::Way,
+            Waits::Nothing | Waits::Slab(..) | Waits::Release => Waiting::Slabs,
+        }
+    }
 }
 
 impl Engine {
@@ -119,6 +138,8 @@ impl Engine {
             entered: None,
             asked: None,
             waits: Waits::Nothing,
+            attempt: None,
+            luck: Luck::default(),
         };
         let at = self.active.insert(active);
         self.step(at)
@@ -136,12 +157,18 @@ impl Engine {
     fn step(&mut self, at: usize) -> io::Result<()> {
         loop {
             let active = &mut self.active[at];
-            if self.connections[active.connection].broken {
+            let connection = &self.connections[active.connection];
+            if connection.is_broken() {
                 // Nobody hears the answer; a withdrawn disk's fence never opens again.
                 self.abandon(at);
                 return Ok(());
             }
             let (request, export) = (active.request, &active.export);
+            if let (Some(visit), Some(until)) = (&connection.visit, request.until_ns)
+                && !visit.judge.may(until)
+            {
+                return self.failed(at, Errno::Late);
+            }
             if active.doing == Doing::Sync {
                 return self.hand_over(at, Piece::without_data(Op::Sync, 0, 0));
             }
@@ -149,7 +176,7 @@ impl Engine {
             if left == 0 {
                 return self.worked(at);
             }
-            if request.command != Command::Read && !export.fence.may_write() {
+            if request.command != Command::Read && connection.visit.is_none() && !export.fence.may_write() {
                 self.park(at, Waits::Fence);
                 return Ok(());
             }
@@ -237,13 +264,41 @@ impl Engine {
     }
 
     fn hand_over(&mut self, at: usize, piece: Piece) -> io::Result<()> {
-        match self.active[at].export.storage() {
+        let active = &mut self.active[at];
+        let visit = self.connections[active.connection].visit.as_ref();
+        let visit = visit.map(|visit| (visit.judge.clone(), active.request.until_ns.unwrap_or(0)));
+        let storage = match active.export.reached() {
+            Reached::Plain(storage) => storage.clone(),
+            Reached::Ways(paths) => match paths.begin(&piece, active.export.alone, &mut active.luck) {
+                (Begin::Go(_, attempt), Some(storage)) => {
+                    active.attempt = Some(attempt);
+                    storage
+                }
+                (began, _) => {
+                    self.take_back(at, piece.buffer);
+                    return match began {
+                        Begin::NoPath => self.failed(at, Errno::NoPath),
+                        Begin::Refuse => self.failed(at, Errno::Io),
+                        Begin::Go(..) | Begin::Wait => {
+                            self.park(at, Waits::Way);
+                            Ok(())
+                        }
+                    };
+                }
+            },
+        };
+        match storage {
             Storage::File(file) => {
-                let io = Io::Storage { file: file.clone(), piece };
+                let io = Io::Storage { file, piece };
                 self.ring.push(Token::Request(at), io).map(drop)
             }
             Storage::Remote(remote) => {
-                remote.submit(piece, Back::Thread(self.waker.clone(), at));
+                let fence: Option<Arc<dyn Fence>> = match (visit, active.request.command) {
+                    (Some((judge, until_ns)), _) => Some(Arc::new(Until { judge, until_ns })),
+                    (None, Command::Read | Command::Flush) => None,
+                    (None, _) => Some(active.export.fence.clone()),
+                };
+                remote.submit(piece, fence, Back::Thread(self.waker.clone(), at));
                 Ok(())
             }
         }
@@ -252,19 +307,26 @@ impl Engine {
     /// The storage has done a piece of a request.
     pub(super) fn stored(&mut self, at: usize, piece: Piece, outcome: io::Result<u32>) -> io::Result<()> {
         let active = &mut self.active[at];
-        if let (Some(part), Some(parts)) = (active.entered.take(), active.export.parts()) {
-            parts.leave(part);
-        }
+        let attempt = active.attempt.take();
+        let again = match (active.export.reached(), attempt) {
+            (Reached::Ways(paths), Some(attempt)) => paths.over(attempt, &outcome, &mut active.luck),
+            _ => false,
+        };
         // Of the kind that needs no data.
         let marked = match piece.op {
             Op::Trim | Op::Zero { .. } => piece.length,
             _ => 0,
         };
-        if active.doing == Doing::Itself {
-            active.buffer = Some(piece.buffer);
-        } else {
-            self.pool.put(piece.buffer);
+        self.take_back(at, piece.buffer);
+        if again {
+            self.park(at, Waits::Way);
+            return Ok(());
         }
+        if outcome.as_ref().is_err_and(|error| error.raw_os_error() == Some(LATE)) {
+            // The fence was closed meanwhile.
+            return self.step(at);
+        }
+        let active = &mut self.active[at];
         match (outcome, active.request.command) {
             (Err(error), _) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             (Err(error), command) if marked > 0 && error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
@@ -294,6 +356,19 @@ impl Engine {
         self.step(at)
     }
 
+    /// A piece is not under way any more.
+    fn take_back(&mut self, at: usize, buffer: Buffer) {
+        let active = &mut self.active[at];
+        if let (Some(part), Some(parts)) = (active.entered.take(), active.export.parts()) {
+            parts.leave(part);
+        }
+        if active.doing == Doing::Itself {
+            active.buffer = Some(buffer);
+        } else {
+            self.pool.put(buffer);
+        }
+    }
+
     /// The contents are as wished; perhaps they have to be on stable storage too.
     fn worked(&mut self, at: usize) -> io::Result<()> {
         let active = &mut self.active[at];
@@ -321,7 +396,11 @@ impl Engine {
     fn failed(&mut self, at: usize, errno: Errno) -> io::Result<()> {
         let Active { request, connection, ref export, .. } = self.active[at];
         let disk = &export.offer.name;
-        tracing::warn!(disk, offset = request.offset, length = request.length, ?errno, "a request failed");
+        if matches!(errno, Errno::Late | Errno::NoPath) {
+            tracing::debug!(disk, offset = request.offset, ?errno, "nothing is done for another node");
+        } else {
+            tracing::warn!(disk, offset = request.offset, length = request.length, ?errno, "a request failed");
+        }
         export.tally.failed();
         let head = Head::error(request.cookie, self.connections[connection].agreed().structured, errno);
         self.finish(at, head, false);
@@ -342,7 +421,7 @@ impl Engine {
             self.again = Instant::now() + PARKED_AGAIN;
         }
         self.active[at].waits = waits;
-        self.active[at].export.tally.waits(waits == Waits::Fence, true);
+        self.active[at].export.tally.waits(waits.counted(), true);
         self.parked.push(at);
     }
 
@@ -352,7 +431,7 @@ impl Engine {
         for at in std::mem::take(&mut self.parked) {
             let active = &mut self.active[at];
             let waits = std::mem::replace(&mut active.waits, Waits::Nothing);
-            active.export.tally.waits(waits == Waits::Fence, false);
+            active.export.tally.waits(waits.counted(), false);
             let full = match (waits, active.export.parts()) {
                 (Waits::Slab(part, before), Some(parts)) => parts.refusals(part).is_some_and(|now| now > before),
                 _ => false,
@@ -370,8 +449,8 @@ impl Engine {
     pub(super) fn abandon_parked(&mut self) {
         for at in std::mem::take(&mut self.parked) {
             let active = &self.active[at];
-            if self.connections[active.connection].broken {
-                active.export.tally.waits(active.waits == Waits::Fence, false);
+            if self.connections[active.connection].is_broken() {
+                active.export.tally.waits(active.waits.counted(), false);
                 self.abandon(at);
             } else {
                 self.parked.push(at);

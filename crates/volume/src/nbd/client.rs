@@ -17,6 +17,9 @@ pub(crate) const REPLY_BYTES: usize = 16;
 /// The longest reply to an option that is read.
 pub(crate) const MAX_OPTION_REPLY_BYTES: u32 = 4096;
 
+/// The name that no request has.
+pub(crate) const NOBODY: u64 = 0;
+
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;
 
@@ -271,16 +274,22 @@ pub(crate) fn request(op: Op, fua: bool, cookie: u64, at: u64, length: u32) -> [
     head
 }
 
-/// A simple reply's error, and which request it is of.
+/// Which request a simple reply is of, and what came of that; `None` for the name that no
+/// request has.
 ///
 /// # Errors
 /// It is none, after which nothing that the server sends can be understood.
-pub(crate) fn reply(head: &[u8; REPLY_BYTES]) -> io::Result<(u32, u64)> {
+pub(crate) fn outcome(head: &[u8; REPLY_BYTES]) -> io::Result<Option<(u64, io::Result<()>)>> {
     let bytes = &mut &head[..];
-    match (take_u32(bytes), take_u32(bytes), take_u64(bytes)) {
-        (Some(REPLY_MAGIC), Some(error), Some(cookie)) => Ok((error, cookie)),
-        _ => Err(strange("what the server sends is no reply")),
-    }
+    let (Some(REPLY_MAGIC), Some(error), Some(cookie)) = (take_u32(bytes), take_u32(bytes), take_u64(bytes)) else {
+        return Err(strange("what the server sends is no reply"));
+    };
+    // The protocol's numbers are those of Linux.
+    let outcome = match i32::try_from(error) {
+        Ok(0) => Ok(()),
+        number => Err(io::Error::from_raw_os_error(number.unwrap_or(nix::libc::EIO))),
+    };
+    Ok((cookie != NOBODY).then_some((cookie, outcome)))
 }
 
 #[cfg(test)]
@@ -366,7 +375,7 @@ mod tests {
             greeting[8..16].copy_from_slice(&OPTION.to_be_bytes());
             greeting[17] = 3;
             let _ = Asking::begin(&greeting, "lun", &mut out).unwrap().reply(kind, &body);
-            let _ = reply(&reply_head);
+            let _ = outcome(&reply_head);
         }
     }
 }

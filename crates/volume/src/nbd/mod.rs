@@ -28,6 +28,10 @@ pub enum Errno {
     Invalid = 22,
     /// The storage is full.
     NoSpace = 28,
+    /// It came after the lease of who asked for it.
+    Late = 62,
+    /// There is no path to the storage from here.
+    NoPath = 67,
     /// Not as wished, and slower ways were ruled out.
     NotSupported = 95,
     /// The server goes away.

@@ -83,6 +83,14 @@ impl Head {
         }
     }
 
+    /// With a clock's time at its end.
+    pub(crate) fn stamped(mut self, now_ns: u64) -> Head {
+        let at = usize::from(self.length);
+        self.bytes[at..at + 8].copy_from_slice(&now_ns.to_be_bytes());
+        self.length += 8;
+        self
+    }
+
     /// Extents follow, as [`Extent::encode`] writes them.
     pub fn status(cookie: u64, context: u32, extents: usize) -> Head {
         Head::chunk(CHUNK_STATUS, cookie, 4 + 8 * extents as u32, &context.to_be_bytes())

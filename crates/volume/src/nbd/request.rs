@@ -61,6 +61,8 @@ pub struct Request {
     pub offset: u64,
     /// How much, in bytes.
     pub length: u32,
+    /// Over a link: not to be done after this, by the clock of who does it, nanoseconds.
+    pub until_ns: Option<u64>,
 }
 
 impl Request {
@@ -92,7 +94,7 @@ impl Request {
         let strange = flags & !(known | FLAG_FUA) != 0;
         // A write's payload follows whatever its flags are.
         let command = if strange && kind != 1 { Command::Unknown(kind) } else { command };
-        Some(Request { command, cookie, offset, length })
+        Some(Request { command, cookie, offset, length, until_ns: None })
     }
 
     /// How many bytes of payload follow the header.

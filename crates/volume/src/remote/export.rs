@@ -63,6 +63,8 @@ fn reach(server: &Server, until: Instant) -> io::Result<Box<dyn Pipe>> {
                 stream.set_nodelay(true)?;
                 stream.set_nonblocking(true)?;
                 setsockopt(&stream, sockopt::TcpUserTimeout, &UNACKNOWLEDGED_MS)?;
+                // When this process dies, nothing more of what it wrote leaves this host.
+                Pipe::give_up(&stream);
                 return Ok(Box::new(stream));
             }
             Err(error) => failed = error,
@@ -119,15 +121,8 @@ impl Dialect for Export {
         client::REPLY_BYTES
     }
 
-    fn reply(&mut self, head: &[u8]) -> io::Result<(u64, io::Result<()>)> {
-        let head = head.first_chunk().ok_or(io::ErrorKind::InvalidData)?;
-        let (error, cookie) = client::reply(head)?;
-        // The protocol's numbers are those of Linux.
-        let outcome = match i32::try_from(error) {
-            Ok(0) => Ok(()),
-            number => Err(io::Error::from_raw_os_error(number.unwrap_or(nix::libc::EIO))),
-        };
-        Ok((cookie, outcome))
+    fn reply(&mut self, head: &[u8]) -> io::Result<Option<(u64, io::Result<()>)>> {
+        client::outcome(head.first_chunk().ok_or(io::ErrorKind::InvalidData)?)
     }
 
     fn certainty(&self) -> Certainty {

@@ -21,8 +21,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::export::Fence;
 use crate::piece::{Back, Ended, Piece};
 use crate::pipe::Pipe;
+
+/// How a request ends that came after the right to do it.
+pub(crate) const LATE: i32 = nix::libc::ETIME;
 
 pub(crate) use export::{SETTLES_WITHIN, connect};
 
@@ -31,6 +35,9 @@ pub(crate) use export::{SETTLES_WITHIN, connect};
 pub(crate) enum Certainty {
     /// After so long: whatever the server had taken in, it has done by then.
     After(Duration),
+    /// When the server has let the next connection in: it does not before it has ended
+    /// what came over earlier ones.
+    NextConnection,
 }
 
 /// What is said on a connection.
@@ -54,13 +61,32 @@ pub(crate) trait Dialect: Send + 'static {
     fn reply_bytes(&self) -> usize;
 
     /// Whose reply it is, and what came of it; the data of a read that went well follow.
+    /// `None`: nobody's, the server only says that it is there.
     ///
     /// # Errors
     /// It is none: nothing more can be understood.
-    fn reply(&mut self, head: &[u8]) -> io::Result<(u64, io::Result<()>)>;
+    fn reply(&mut self, head: &[u8]) -> io::Result<Option<(u64, io::Result<()>)>>;
 
     /// When requests of a broken connection are over.
     fn certainty(&self) -> Certainty;
+
+    /// How long it may take to connect again.
+    fn connects_within(&self) -> Duration {
+        Duration::from_millis(500)
+    }
+
+    /// A server that says nothing for so long is not there any more.
+    fn silence(&self) -> Option<Duration> {
+        None
+    }
+
+    /// A connection that nobody needed for so long is closed.
+    fn rest(&self) -> Option<Duration> {
+        None
+    }
+
+    /// The connection is closed in order, with nothing under way.
+    fn closed(&mut self) {}
 }
 
 /// The way to a storage that another process has. When it is dropped, its connection
@@ -73,11 +99,23 @@ struct Shared {
     bell: EventFd,
 }
 
+/// A piece that was asked for.
+struct Asked {
+    piece: Piece,
+    /// Looked at when it is about to be sent.
+    fence: Option<Arc<dyn Fence>>,
+    back: Back,
+}
+
 #[derive(Default)]
 struct Todo {
-    pieces: VecDeque<(Piece, Back)>,
+    pieces: VecDeque<Asked>,
     /// Nobody can ask for more.
     ended: bool,
+    /// The connection is to be given up.
+    give_up: bool,
+    /// Whatever the server had is certainly over.
+    is_over: bool,
 }
 
 impl Shared {
@@ -101,13 +139,26 @@ impl Remote {
         let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let shared = Arc::new(Shared { todo: Mutex::default(), bell });
         let worker = worker::Worker::new(dialect, shared.clone(), pipe);
-        std::thread::Builder::new().name("remote".into()).stack_size(256 << 10).spawn(move || worker.run())?;
+        std::thread::Builder::new().name("remote".into()).stack_size(1 << 20).spawn(move || worker.run())?;
         Ok(Remote(shared))
     }
 
-    /// Asks for something; `back` hears of its end.
-    pub(crate) fn submit(&self, piece: Piece, back: Back) {
-        self.0.todo().pieces.push_back((piece, back));
+    /// Asks for something; `back` hears of its end. It is not sent once `fence` is closed,
+    /// and ends with [`LATE`] then.
+    pub(crate) fn submit(&self, piece: Piece, fence: Option<Arc<dyn Fence>>, back: Back) {
+        self.0.todo().pieces.push_back(Asked { piece, fence, back });
+        let _ = self.0.bell.write(1);
+    }
+
+    /// Gives the connection up: what is under way comes to an end.
+    pub(crate) fn give_up(&self) {
+        self.0.todo().give_up = true;
+        let _ = self.0.bell.write(1);
+    }
+
+    /// The server is gone, and nothing that it had can happen any more.
+    pub(crate) fn is_over(&self) {
+        self.0.todo().is_over = true;
         let _ = self.0.bell.write(1);
     }
 
@@ -115,7 +166,7 @@ impl Remote {
     pub(crate) fn wait(&self, piece: Piece) -> Ended {
         let (tell, told) = sync_channel(1);
         let (op, at, length) = (piece.op, piece.at, piece.length);
-        self.submit(piece, Back::Caller(tell));
+        self.submit(piece, None, Back::Caller(tell));
         told.recv().unwrap_or_else(|_| Ended {
             piece: Piece::without_data(op, at, length),
             outcome: Err(io::ErrorKind::NotConnected.into()),

@@ -8,22 +8,21 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 
-use super::{Certainty, Dialect, Shared};
+use super::{Asked, Certainty, Dialect, LATE, Shared};
+use crate::export::Fence;
+use crate::nbd::client::NOBODY;
 use crate::piece::{Back, Ended, Op, Piece};
 use crate::pipe::{Pipe, ready};
 
-/// How long it may take to connect again.
-const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 /// After a connection could not be made, none is tried for so long.
 const CONNECT_AGAIN: Duration = Duration::from_millis(100);
 /// What one read of the connection takes at most.
 const SCRATCH_BYTES: usize = 64 << 10;
-/// The name that no request has.
-const NONE: u64 = 0;
 
 /// A request that the server may have.
 struct Sent {
     piece: Piece,
+    fence: Option<Arc<dyn Fence>>,
     back: Back,
     /// The data are written, and a flush is under way.
     syncs: bool,
@@ -44,6 +43,11 @@ pub(super) struct Worker<D> {
     full: bool,
     /// Requests of broken connections, of which nobody knows whether the server has them.
     unsure: VecDeque<(Instant, Sent)>,
+    /// Nothing that the server had can happen any more, and it is not to be asked again.
+    over: bool,
+    /// When the server was heard last, and when somebody needed it last.
+    heard: Instant,
+    used: Instant,
     input: Vec<u8>,
     taken: usize,
     /// The read whose data come in, and how many bytes of them have.
@@ -58,13 +62,16 @@ impl<D: Dialect> Worker<D> {
             shared,
             pipe,
             not_before: None,
-            cookies: NONE,
+            cookies: NOBODY,
             sent: BTreeMap::new(),
             out: VecDeque::new(),
             head: Vec::new(),
             out_at: 0,
             full: false,
             unsure: VecDeque::new(),
+            over: false,
+            heard: Instant::now(),
+            used: Instant::now(),
             input: Vec::new(),
             taken: 0,
             filling: None,
@@ -74,12 +81,16 @@ impl<D: Dialect> Worker<D> {
 
     pub(super) fn run(mut self) {
         loop {
-            let (pieces, ended) = {
+            let (pieces, ended, give_up) = {
                 let mut todo = self.shared.todo();
-                (std::mem::take(&mut todo.pieces), todo.ended)
+                self.over |= todo.is_over;
+                (std::mem::take(&mut todo.pieces), todo.ended, std::mem::take(&mut todo.give_up))
             };
-            pieces.into_iter().for_each(|(piece, back)| self.take(piece, back));
-            if let Err(error) = self.send().and_then(|()| self.receive()) {
+            if self.pipe.is_some() && (give_up || self.over) {
+                self.lose(&not_connected());
+            }
+            pieces.into_iter().for_each(|asked| self.take(asked));
+            if let Err(error) = self.send().and_then(|()| self.receive()).and_then(|()| self.hear()) {
                 self.lose(&error);
             }
             self.settle();
@@ -93,10 +104,35 @@ impl<D: Dialect> Worker<D> {
         }
     }
 
+    /// A server that is silent is lost; one that nobody needs is left alone.
+    fn hear(&mut self) -> io::Result<()> {
+        let now = Instant::now();
+        if self.pipe.is_none() {
+            return Ok(());
+        }
+        if self.dialect.silence().is_some_and(|silence| now >= self.heard + silence) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let rests = self.dialect.rest().is_some_and(|rest| now >= self.used + rest);
+        if rests && self.sent.is_empty() && self.unsure.is_empty() {
+            self.pipe = None;
+            self.dialect.closed();
+        }
+        Ok(())
+    }
+
     /// Waits for something to do.
     fn sleep(&mut self) -> io::Result<()> {
-        let Certainty::After(settles) = self.dialect.certainty();
-        let until = self.unsure.front().map(|(since, _)| *since + settles);
+        let settled = match (self.unsure.front(), self.dialect.certainty()) {
+            (None, _) => None,
+            (Some((since, _)), Certainty::After(settles)) => Some(*since + settles),
+            (Some(_), Certainty::NextConnection) => Some(self.not_before.unwrap_or_else(Instant::now)),
+        };
+        let connected = self.pipe.as_ref().map(|_| ());
+        let silent = connected.and(self.dialect.silence()).map(|silence| self.heard + silence);
+        let idle = self.sent.is_empty() && self.unsure.is_empty();
+        let rests = connected.filter(|()| idle).and(self.dialect.rest()).map(|rest| self.used + rest);
+        let until = [settled, silent, rests].into_iter().flatten().min();
         let bell = (self.shared.bell.as_fd(), PollFlags::POLLIN);
         let rung = match &self.pipe {
             None => ready([bell], until)?[0],
@@ -111,12 +147,19 @@ impl<D: Dialect> Worker<D> {
         Ok(())
     }
 
-    fn take(&mut self, piece: Piece, back: Back) {
-        if let Err(error) = self.be_connected() {
+    fn take(&mut self, Asked { piece, fence, back }: Asked) {
+        self.used = Instant::now();
+        // To connect takes time, after which it may be too late for a change.
+        let connected = match (&self.pipe, piece.op) {
+            (None, Op::Read) => self.be_connected(),
+            (None, _) => Err(not_connected()),
+            (Some(_), _) => Ok(()),
+        };
+        if let Err(error) = connected {
             return back.tell(Ended { piece, outcome: Err(error) });
         }
         self.cookies += 1;
-        self.sent.insert(self.cookies, Sent { piece, back, syncs: false });
+        self.sent.insert(self.cookies, Sent { piece, fence, back, syncs: false });
         self.out.push_back(self.cookies);
     }
 
@@ -125,13 +168,17 @@ impl<D: Dialect> Worker<D> {
             return Ok(());
         }
         let now = Instant::now();
-        if self.not_before.is_some_and(|then| now < then) {
+        if self.over || self.not_before.is_some_and(|then| now < then) {
             return Err(not_connected());
         }
-        match self.dialect.connect(now + CONNECT_WITHIN) {
+        match self.dialect.connect(now + self.dialect.connects_within()) {
             Ok(pipe) => {
                 self.pipe = Some(pipe);
                 self.not_before = None;
+                self.heard = Instant::now();
+                if self.dialect.certainty() == Certainty::NextConnection {
+                    self.tell_unsure(self.unsure.len());
+                }
                 Ok(())
             }
             Err(error) => {
@@ -159,7 +206,12 @@ impl<D: Dialect> Worker<D> {
                 } else {
                     &sent.piece
                 };
-                if let Err(error) = self.dialect.request(*first, piece, &mut self.head) {
+                let late = sent.fence.as_ref().is_some_and(|fence| !fence.may_write());
+                let asked = match late {
+                    true => Err(io::Error::from_raw_os_error(LATE)),
+                    false => self.dialect.request(*first, piece, &mut self.head),
+                };
+                if let Err(error) = asked {
                     self.head.clear();
                     let cookie = *first;
                     self.out.pop_front();
@@ -215,7 +267,10 @@ impl<D: Dialect> Worker<D> {
                 let count = if waiting.is_empty() {
                     match pipe.read(data) {
                         Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                        Ok(count) => count,
+                        Ok(count) => {
+                            self.heard = Instant::now();
+                            count
+                        }
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                         Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                         Err(error) => return Err(error),
@@ -232,15 +287,19 @@ impl<D: Dialect> Worker<D> {
             let head = self.input[self.taken..].get(..self.dialect.reply_bytes());
             if let Some(head) = head {
                 self.taken += head.len();
-                let (cookie, outcome) = self.dialect.reply(head)?;
-                self.replied(cookie, outcome)?;
+                if let Some((cookie, outcome)) = self.dialect.reply(head)? {
+                    self.replied(cookie, outcome)?;
+                }
                 continue;
             }
             self.input.drain(..self.taken);
             self.taken = 0;
             match pipe.read(&mut self.scratch) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => self.input.extend_from_slice(&self.scratch[..count]),
+                Ok(count) => {
+                    self.heard = Instant::now();
+                    self.input.extend_from_slice(&self.scratch[..count]);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -298,10 +357,23 @@ impl<D: Dialect> Worker<D> {
 
     /// Tells of requests of broken connections that are certainly over.
     fn settle(&mut self) {
-        let Certainty::After(settles) = self.dialect.certainty();
         let now = Instant::now();
-        let certain = self.unsure.iter().take_while(|(since, _)| *since + settles <= now).count();
-        for (_, sent) in self.unsure.drain(..certain) {
+        let certain = match self.dialect.certainty() {
+            _ if self.over => self.unsure.len(),
+            Certainty::After(settles) => self.unsure.iter().take_while(|(since, _)| *since + settles <= now).count(),
+            Certainty::NextConnection => {
+                if !self.unsure.is_empty() {
+                    // The one that comes next tells.
+                    let _ = self.be_connected();
+                }
+                0
+            }
+        };
+        self.tell_unsure(certain);
+    }
+
+    fn tell_unsure(&mut self, count: usize) {
+        for (_, sent) in self.unsure.drain(..count) {
             sent.back.tell(Ended { piece: sent.piece, outcome: Err(not_connected()) });
         }
     }

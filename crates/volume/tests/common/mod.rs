@@ -1,6 +1,7 @@
 //! A disk that is served, and a plain client of it.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod breaking;
 pub mod exported;
 
 use std::fs::File;
