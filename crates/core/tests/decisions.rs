@@ -195,6 +195,30 @@ fn a_job_to_restart_ends_when_its_vm_is_held_instead() {
     assert!(matches!(lab.outcome(job), Some(Outcome::Failed { .. })), "{:?}", lab.outcome(job));
 }
 
+#[test]
+fn a_job_to_restart_goes_on_until_the_guest_runs_anew() {
+    let mut lab = Lab::new(2);
+    let (from, to, job) = moving(&mut lab);
+    // The migration comes to nothing, and used up an epoch.
+    lab.ask(Command::CancelJob { job });
+    lab.say(from, WEB, Run::Kept { why: "it was cancelled".into() });
+    lab.say(to, WEB, exited());
+    lab.plan();
+    assert_eq!(lab.on(WEB), Some(from));
+    lab.say(from, WEB, Run::Running);
+    lab.plan();
+    let job = lab.job(Command::RestartVm { vm: WEB });
+    assert_eq!(lab.outcome(job), None, "the guest has not even been asked");
+    lab.say(from, WEB, Run::Stopping);
+    lab.plan();
+    lab.say(from, WEB, exited());
+    lab.plan();
+    assert_eq!(lab.outcome(job), None, "it boots");
+    lab.say(from, WEB, Run::Running);
+    lab.plan();
+    assert_eq!(lab.outcome(job), Some(Outcome::Done));
+}
+
 fn other_than(node: u64) -> u64 {
     3 - node
 }

@@ -49,8 +49,9 @@ impl ClusterState {
                 }
             }
             Work::Stop => (vm.placement == Placement::Nowhere).then_some(Outcome::Done),
-            Work::Restart { epoch } => {
-                if vm.last_epoch > epoch || vm.placement == Placement::Nowhere {
+            // Not by the epoch: a migration that came to nothing uses up one as well.
+            Work::Restart { .. } => {
+                if vm.restart.is_none() || vm.placement == Placement::Nowhere {
                     vm.started()
                 } else {
                     None

@@ -116,6 +116,12 @@ impl World {
             Stage::Sent => Some(Run::Sent),
             Stage::Waiting | Stage::Loaded => None,
             _ if vm.desired == Desired::Stopped || restart => {
+                if let Some(qemu) = self.hosts[host].keeper.processes.get_mut(&(id, epoch))
+                    && qemu.stage == Stage::Paused
+                {
+                    // A guest that stands still does not see the button.
+                    qemu.stage = Stage::Running;
+                }
                 self.power_button(host, id, epoch);
                 Some(Run::Stopping)
             }
