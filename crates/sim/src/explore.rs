@@ -72,6 +72,7 @@ fn run_plot(seed: u64, plot: &Plot, options: &Options) -> Outcome {
         memory_mib: plot.memory_mib,
         profile: plot.profile,
         witness: plot.witness,
+        luns: plot.luns,
         calm: false,
         mutation: options.mutation,
         trace: options.trace,

@@ -18,6 +18,8 @@ pub struct Plot {
     pub profile: Profile,
     /// There is a witness.
     pub witness: bool,
+    /// There are volumes on LUNs.
+    pub luns: bool,
     /// What happens, in order of time.
     pub steps: Vec<Step>,
     /// When everything heals, in milliseconds.
@@ -63,10 +65,19 @@ pub fn plot(seed: u64) -> Plot {
     for _ in 0..wishes {
         author.wish();
     }
+    let luns = has_luns(seed);
+    if luns {
+        author.paths();
+    }
     let memory_mib = *author.rng.pick(&[1024, 2048, 4096]);
     let mut steps = author.steps;
     steps.sort_by_key(|step| step.at_ms);
-    Plot { nodes, memory_mib, profile, witness, steps, heal_ms }
+    Plot { nodes, memory_mib, profile, witness, luns, steps, heal_ms }
+}
+
+/// Whether there are volumes on LUNs.
+fn has_luns(seed: u64) -> bool {
+    seed % 6 == 4
 }
 
 struct Author {
@@ -222,6 +233,22 @@ impl Author {
             let lost = back.saturating_sub(self.rng.between(0, 3_000));
             self.push(lost, Fault::Lose(node));
             self.push(lost + 5_000, Fault::Return(node));
+        }
+    }
+
+    /// Hosts lose their paths to LUNs, one or all, and users choose owners.
+    fn paths(&mut self) {
+        for _ in 0..self.rng.between(2, 7) {
+            let (at, span, node) = (self.at(), self.span(), self.node());
+            let (all, lun) = (self.rng.permille(200), self.rng.between(0, 1) as usize);
+            for other in (0..self.nodes).filter(|other| all || *other == node) {
+                self.push(at, Fault::CutPath(other, lun));
+                self.push(at + span, Fault::JoinPath(other, lun));
+            }
+        }
+        for _ in 0..self.rng.between(0, 4) {
+            let (at, lun, node) = (self.at(), self.rng.between(0, 1) as usize, self.node());
+            self.ask(at, Wish::Own(lun, node));
         }
     }
 

@@ -3,8 +3,8 @@
 //! The decision code of `holdfast-core` runs here unchanged: leases on both ends,
 //! `plan`, `check`, `apply`. Around it are hosts with clocks that drift, keepers,
 //! agents, QEMUs, disks and links, a small Raft whose voters follow the nodes, a
-//! witness on a shared disk, users, and a script of faults,
-//! part of it ambushes that are laid for one rule.
+//! witness on a shared disk, LUNs that a host may lose its path to, users, and a
+//! script of faults, part of it ambushes that are laid for one rule.
 //! Everything that happens follows from a seed. An oracle that sees all of it says
 //! what was broken:
 //!
@@ -19,6 +19,9 @@
 //! * **no acknowledged command lost**, and none that was called failed happens.
 //! * **one witness**: what it acknowledged or voted for is never forgotten, whoever
 //!   hosts it next; **one vote in a term**.
+//! * **one owner of a volume**: I/O for others is under way on one host at a time, and
+//!   none follows that of a later owner; **volumes are owned**: whose owner is lost gets
+//!   another with the same decision, if one can.
 //! * **one log**, **epochs only grow**, **every plan passes its check**, and the
 //!   log read back from its text gives the same state.
 //! * **settles**: once everything works again, within a stated bound, every VM that
@@ -30,9 +33,11 @@
 //!
 //! What is simpler here than in life: the log of consensus is never cut, a keeper's
 //! VMs die with it at once, clocks drift by up to 4 %, so that two of them and the
-//! time that a SIGKILL takes stay within a lease's margin of 10 %, and an old copy of
+//! time that a SIGKILL takes stay within a lease's margin of 10 %, an old copy of
 //! the witness's disk comes back only after the disk was away for longer than any
-//! write to it can take.
+//! write to it can take, what a node has seen on that disk is durable at once (in life
+//! a new epoch is, a counter within half a minute), and what a dead host had asked of a
+//! LUN is over (in life its storage is to see to that: decision 0023).
 
 mod clock;
 mod explore;

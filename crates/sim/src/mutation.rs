@@ -52,11 +52,13 @@ pub enum Mutation {
     AnswerWithoutLease,
     /// Whoever claimed the witness's disk trusts what it saw before, and does not look again.
     ClaimWithoutLooking,
+    /// An owner says that it has left a volume while I/O for others is under way.
+    LeaveEarly,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 22] = [
+    pub const ALL: [Mutation; 23] = [
         Mutation::DropMargin,
         Mutation::LeaseFromReceipt,
         Mutation::SkipWait,
@@ -79,6 +81,7 @@ impl Mutation {
         Mutation::StaleWitnessVotes,
         Mutation::AnswerWithoutLease,
         Mutation::ClaimWithoutLooking,
+        Mutation::LeaveEarly,
     ];
 }
 
@@ -106,6 +109,7 @@ impl fmt::Display for Mutation {
             Mutation::StaleWitnessVotes => "let a stale witness vote",
             Mutation::AnswerWithoutLease => "let the witness answer without its lease",
             Mutation::ClaimWithoutLooking => "claim the witness without looking again",
+            Mutation::LeaveEarly => "leave a volume while I/O is under way",
             Mutation::UnheardIsLost => "declare lost on silence of acknowledgements",
         })
     }

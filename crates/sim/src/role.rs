@@ -68,6 +68,8 @@ impl Fault {
             | Fault::Suspend(node)
             | Fault::Wake(node)
             | Fault::SlowDisk(node, _)
+            | Fault::CutPath(node, _)
+            | Fault::JoinPath(node, _)
             | Fault::CutDisk(node)
             | Fault::JoinDisk(node)
             | Fault::SetClock(node, _) => vec![node],

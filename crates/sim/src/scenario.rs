@@ -13,6 +13,7 @@ pub fn play(scenario: &Scenario) -> String {
         memory_mib: scenario.memory_mib,
         profile: Profile::Default,
         witness: scenario.witness,
+        luns: false,
         calm: true,
         mutation: None,
         trace: true,

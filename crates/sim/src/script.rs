@@ -61,6 +61,8 @@ pub enum Wish {
     Memory(usize, u64),
     /// Chooses how fast a lost node is noticed.
     Profile(Profile),
+    /// Wants a volume on a LUN owned by a node; LUNs are numbered as nodes are.
+    Own(usize, usize),
 }
 
 /// Which traffic.
@@ -118,6 +120,10 @@ pub enum Fault {
     SlowDisk(usize, u64),
     /// Of a thousand messages this many are lost, doubled, and late by up to so many milliseconds.
     Storm(u64, u64, u64),
+    /// A host does not reach a LUN by itself.
+    CutPath(usize, usize),
+    /// It does again.
+    JoinPath(usize, usize),
     /// A host cannot reach the witness's disk.
     CutDisk(usize),
     /// It can again.
@@ -190,6 +196,7 @@ impl fmt::Display for Deed {
                 Wish::Remove(node) => write!(f, "remove {}", n(node)),
                 Wish::Memory(node, mib) => write!(f, "memory {} {mib}M", n(node)),
                 Wish::Profile(of) => write!(f, "profile {}", profile(*of)),
+                Wish::Own(volume, node) => write!(f, "own {} {}", lun(*volume), n(node)),
             },
             Deed::Fault(fault) => match fault {
                 Fault::Cast => write!(f, "cast"),
@@ -211,6 +218,8 @@ impl fmt::Display for Deed {
                 Fault::Shutdown(vm) => write!(f, "shutdown {vm}"),
                 Fault::SlowDisk(node, ms) => write!(f, "slow-disk {} {ms}ms", n(node)),
                 Fault::Storm(lost, doubled, late) => write!(f, "storm {lost} {doubled} {late}ms"),
+                Fault::CutPath(node, to) => write!(f, "cut-path {} to {}", n(node), lun(*to)),
+                Fault::JoinPath(node, to) => write!(f, "join-path {} to {}", n(node), lun(*to)),
                 Fault::CutDisk(node) => write!(f, "cut-disk {}", n(node)),
                 Fault::JoinDisk(node) => write!(f, "join-disk {}", n(node)),
                 Fault::SlowWitness(ms) => write!(f, "slow-witness {ms}ms"),
@@ -368,6 +377,7 @@ impl FromStr for Deed {
             ["profile", "default"] => ask(Wish::Profile(Profile::Default)),
             ["profile", "fast"] => ask(Wish::Profile(Profile::Fast)),
             ["profile", "wan"] => ask(Wish::Profile(Profile::Wan)),
+            ["own", volume, n] => ask(Wish::Own(lun_of(volume)?, node(n)?)),
             ["cast"] => fault(Fault::Cast),
             ["lose-at-verdict", n] => fault(Fault::LoseAtVerdict(node(n)?)),
             ["lose", n] => fault(Fault::Lose(node(n)?)),
@@ -387,6 +397,8 @@ impl FromStr for Deed {
             ["shutdown", name] => fault(Fault::Shutdown(vm(name))),
             ["slow-disk", n, ms] => fault(Fault::SlowDisk(node(n)?, milliseconds(ms)?)),
             ["storm", lost, doubled, late] => fault(Fault::Storm(number(lost)?, number(doubled)?, milliseconds(late)?)),
+            ["cut-path", n, "to", lun] => fault(Fault::CutPath(node(n)?, lun_of(lun)?)),
+            ["join-path", n, "to", lun] => fault(Fault::JoinPath(node(n)?, lun_of(lun)?)),
             ["cut-disk", n] => fault(Fault::CutDisk(node(n)?)),
             ["join-disk", n] => fault(Fault::JoinDisk(node(n)?)),
             ["slow-witness", ms] => fault(Fault::SlowWitness(milliseconds(ms)?)),
@@ -404,6 +416,15 @@ impl FromStr for Deed {
 
 fn node(word: &str) -> Result<usize, String> {
     role::read(word).ok_or_else(|| format!("{word:?} is no node: the first is n1"))
+}
+
+fn lun(number: usize) -> String {
+    format!("lun{}", number + 1)
+}
+
+fn lun_of(word: &str) -> Result<usize, String> {
+    let number = word.strip_prefix("lun").and_then(|number| number.parse::<usize>().ok()?.checked_sub(1));
+    number.ok_or_else(|| format!("{word:?} is no LUN: the first is lun1"))
 }
 
 fn traffic(words: &[&str]) -> Result<Traffic, String> {
@@ -450,6 +471,7 @@ mod tests {
             "remove n2",
             "memory n1 64M",
             "profile wan",
+            "own lun2 n3",
             "cast",
             "lose n1",
             "lose voter1",
@@ -472,6 +494,8 @@ mod tests {
             "shutdown web",
             "slow-disk n1 250ms",
             "storm 10 20 300ms",
+            "cut-path n1 to lun1",
+            "join-path coordinator to lun2",
             "cut-disk host",
             "join-disk n2",
             "slow-witness 80ms",

@@ -58,6 +58,7 @@ fn broken_rules_are_caught() {
         (Mutation::StaleWitnessVotes, 8),
         (Mutation::AnswerWithoutLease, 6),
         (Mutation::ClaimWithoutLooking, 23),
+        (Mutation::LeaveEarly, 4),
     ];
     assert!(known.iter().map(|(mutation, _)| *mutation).eq(Mutation::ALL), "each has its seed");
     for (mutation, seed) in known {

@@ -5,7 +5,7 @@
 
 use holdfast_core::Profile;
 
-use super::{Author, Plot};
+use super::{Author, Plot, has_luns};
 use crate::rng::Rng;
 use crate::role::{COORDINATOR, HOST, VOTER1, VOTER2};
 use crate::script::{Fault, Traffic, Wish};
@@ -76,7 +76,7 @@ pub fn plot(seed: u64) -> Plot {
     }
     let mut steps = author.steps;
     steps.sort_by_key(|step| step.at_ms);
-    Plot { nodes, memory_mib: 4096, profile, witness, steps, heal_ms: at }
+    Plot { nodes, memory_mib: 4096, profile, witness, luns: has_luns(seed), steps, heal_ms: at }
 }
 
 impl Author {

@@ -21,6 +21,7 @@ impl World {
         }
         self.tick_consensus(host);
         self.coordinate(host);
+        self.serve_volumes(host);
         self.reconcile(host);
         self.judge_queues(host);
         let pace_us = self.hosts[host].pace_us;

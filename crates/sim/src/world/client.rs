@@ -6,7 +6,7 @@ use std::rc::Rc;
 use holdfast_core::*;
 use uuid::Uuid;
 
-use super::{Event, Message, WALL_ZERO_MS, World};
+use super::{Event, Message, WALL_ZERO_MS, World, volumes};
 use crate::clock::MS;
 use crate::mutation::Mutation;
 use crate::role;
@@ -54,7 +54,7 @@ impl World {
                 let id = VmId(Uuid::from_u64_pair(self.rng.next(), self.rng.next()));
                 let stop_timeout_s = self.draw(2, 8) as u32;
                 let file = format!("{}/disk0.raw", Vm::directory(id, vm));
-                let disk = DiskSpec { volume: "vol1".into(), file, size_bytes: 1 << 30, format: DiskFormat::Raw };
+                let disk = DiskSpec { volume: self.volume_of(vm), file, size_bytes: 1 << 30, format: DiskFormat::Raw };
                 Some(Command::CreateVm {
                     id,
                     name: vm.clone(),
@@ -94,6 +94,7 @@ impl World {
                 Some(Command::SetFacts { node: node(*index)?, facts })
             }
             Wish::Profile(profile) => Some(Command::SetProfile { profile: *profile }),
+            Wish::Own(lun, index) => Some(Command::SetOwner { volume: volumes::name(*lun), node: node(*index)? }),
         }
     }
 

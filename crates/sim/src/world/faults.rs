@@ -3,6 +3,7 @@
 use holdfast_core::VmId;
 
 use super::host::{Qemu, Stage};
+use super::volumes::LUNS;
 use super::{Event, Part, World};
 use crate::role;
 use crate::script::{Deed, Fault, Traffic};
@@ -92,6 +93,8 @@ impl World {
                     }
                 }
             }
+            Fault::CutPath(node, lun) if known(node) && *lun < LUNS => self.hosts[*node].paths_cut |= 1 << lun,
+            Fault::JoinPath(node, lun) if known(node) && *lun < LUNS => self.hosts[*node].paths_cut &= !(1 << lun),
             Fault::SlowWitness(ms) => {
                 if let Some(disk) = &mut self.disk {
                     disk.slow_ms = *ms;
@@ -127,6 +130,7 @@ impl World {
         self.last_heal = self.now;
         for node in 0..self.hosts.len() {
             self.hosts[node].disk_ms = 0;
+            self.hosts[node].paths_cut = 0;
             for other in 0..self.hosts.len() {
                 self.links.set(node, other, Traffic::All, false);
             }

@@ -9,6 +9,7 @@ use holdfast_core::*;
 
 use super::consensus::Seat;
 use super::coordinator::Coordinatorship;
+use super::volumes::{LUNS, Serving};
 use super::witness::Hosting;
 use super::{Event, Part, World};
 use crate::clock::Clock;
@@ -32,6 +33,10 @@ pub struct Host {
     pub memory: Memory,
     /// How long a write takes; zero: as usual.
     pub disk_ms: u64,
+    /// Which LUNs it does not reach: a bit for each.
+    pub paths_cut: u8,
+    /// Its volume server.
+    pub serving: [Serving; LUNS],
     /// Stands still as a whole.
     pub suspended: bool,
     /// The keeper stands still.
@@ -198,6 +203,8 @@ impl Host {
             pace_us: 20_000,
             memory: Memory::default(),
             disk_ms: 0,
+            paths_cut: 0,
+            serving: Default::default(),
             suspended: false,
             keeper_stopped: false,
             agent_stopped: false,
@@ -264,6 +271,7 @@ impl World {
 
     pub(super) fn power_off(&mut self, host: usize) {
         self.lose_writes(host);
+        self.end_serving(host);
         let host = &mut self.hosts[host];
         host.powered = false;
         (host.suspended, host.keeper_stopped, host.agent_stopped) = (false, false, false);

@@ -46,6 +46,7 @@ impl World {
 
     /// With the keeper its VMs die, and it is started again once they are dead.
     pub(super) fn crash_keeper(&mut self, index: usize) {
+        self.end_serving(index);
         let host = &mut self.hosts[index];
         host.keeper.alive = false;
         host.keeper.open = None;
@@ -159,6 +160,7 @@ impl World {
         if self.mutated(Mutation::OutliveTheLease) {
             return;
         }
+        self.end_serving(host);
         let keeper = &mut self.hosts[host].keeper;
         let term = keeper.open.take();
         let doomed: Vec<_> = keeper.processes.iter().filter(|(_, qemu)| !qemu.is_dead()).map(|(tag, _)| *tag).collect();

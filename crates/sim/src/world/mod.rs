@@ -15,6 +15,7 @@ mod rest;
 mod seats;
 mod shared_disk;
 mod vm_worker;
+mod volumes;
 mod witness;
 
 use std::collections::BTreeMap;
@@ -57,6 +58,8 @@ pub struct Setting {
     pub profile: Profile,
     /// There is a witness.
     pub witness: bool,
+    /// There are volumes on LUNs.
+    pub luns: bool,
     /// Exact clocks, even delays, obedient guests: for scenarios that people read.
     pub calm: bool,
     /// A rule that is broken on purpose.
@@ -113,6 +116,12 @@ enum Event {
         word: DiskWord,
     },
     Client(usize),
+    /// An I/O for another host is over, in this life of the volume server.
+    IoDone {
+        host: usize,
+        lun: usize,
+        life: u64,
+    },
     /// A fence agent switches a host off, in this of its boots.
     PowerCut(usize, u64),
     /// Somebody switches it on again.
@@ -171,6 +180,11 @@ enum Message {
         vm: VmId,
         to: Epoch,
     },
+    /// I/O of a host that does not reach a LUN by itself, to its owner of this epoch.
+    Io {
+        lun: usize,
+        epoch: Epoch,
+    },
 }
 
 /// What the agent of a migration's source tells that of its target.
@@ -186,7 +200,10 @@ impl Message {
     fn part(&self) -> Part {
         match self {
             Message::Grant(_) | Message::Probe(..) | Message::Challenge(..) => Part::Keeper,
-            Message::Stream { .. } | Message::StreamTaken { .. } | Message::StreamBroken { .. } => Part::Guests,
+            Message::Stream { .. }
+            | Message::StreamTaken { .. }
+            | Message::StreamBroken { .. }
+            | Message::Io { .. } => Part::Guests,
             _ => Part::Agent,
         }
     }
@@ -205,6 +222,8 @@ pub struct World {
     chain: Chain,
     /// How often each VM's disks were written by a guest that began to run.
     disks: BTreeMap<VmId, u64>,
+    /// What was done on LUNs for others.
+    done: [volumes::Done; volumes::LUNS],
     serial: u64,
     clients: Vec<Client>,
     /// Things break by themselves, too: off once everything is to heal.
@@ -243,6 +262,7 @@ impl World {
             links: Links::new(nodes),
             chain: Chain::default(),
             disks: BTreeMap::new(),
+            done: Default::default(),
             serial: 0,
             clients: Vec::new(),
             troubled: !setting.calm,
@@ -335,6 +355,9 @@ impl World {
         }
         let kind = VolumeKind::Directory { path: "/srv/vol1".into() };
         commands.push(Command::AddVolume { name: "vol1".into(), id: Uuid::from_u128(2), kind });
+        if self.setting.luns {
+            commands.extend(volumes::configuration());
+        }
         let entries: Vec<_> =
             commands.into_iter().map(|command| self.proposal("setup", WALL_ZERO_MS, command)).collect();
         let log: Vec<_> =
@@ -479,6 +502,7 @@ impl World {
             Event::Lands { host, power, transfer } => self.lands(host, power, transfer),
             Event::DiskSays { host, life, asked, word } => self.disk_says(host, life, asked, word),
             Event::Client(index) => self.client_turn(index),
+            Event::IoDone { host, lun, life } => self.io_done(host, lun, life),
             Event::PowerCut(host, power) => self.power_cut(host, power),
             Event::PowerBack(host, power) => self.power_back(host, power),
             Event::FenceSaid(fence) => self.fence_said(fence),

@@ -111,6 +111,7 @@ impl World {
             }
             Message::StreamTaken { vm, from: source, to: target } => self.stream_taken(to, vm, source, target),
             Message::StreamBroken { vm, to: target } => self.stream_broken(to, vm, target),
+            Message::Io { lun, epoch } => self.do_io(to, lun, epoch),
             _ if !self.hosts[to].agent.alive => {}
             Message::Heartbeat(heartbeat, echo) => self.agent_heartbeat(from, to, &heartbeat, echo),
             Message::Raft { from, to: who, message } => self.hear_raft(to, from, who, message),

@@ -136,6 +136,7 @@ impl World {
         }
         self.judge_epochs(&before, &after);
         self.judge_history(&after);
+        self.judge_volumes(&before, &after);
         self.tell_news(&before, &after);
         let was_up = |node: &&Node| !node.is_up() && before.nodes.get(&node.id).is_some_and(Node::is_up);
         let lost: Vec<_> = after.nodes.values().filter(was_up).collect();
@@ -298,6 +299,7 @@ impl World {
         for job in state.running_jobs() {
             all.push(format!("job {} goes on: {} {}", job.id, job.work.verb(), job.vm_name));
         }
+        all.extend(self.unsettled_volumes(&state));
         for vm in state.vms.values() {
             all.extend(self.unsettled_vm(&state, vm));
         }

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use holdfast_core::{ClusterState, NodeId, NodeTerm, Placement, VmId};
+use holdfast_core::{ClusterState, Epoch, NodeId, NodeTerm, Owner, Placement, VmId};
 
 use super::World;
 use crate::clock::MS;
@@ -11,6 +11,8 @@ use crate::clock::MS;
 /// From the heal until all is settled a VM gets so many rights to run at most: it is
 /// started elsewhere, and moved once by what was asked before.
 const EPOCHS: u64 = 4;
+/// And a volume so many owners: who leaves it may be lost before it has left.
+const OWNERS: u64 = 4;
 /// So many entries about who takes part: three for a change, of which there are a
 /// loss, a return of several at different times, and one that was begun before.
 const MOVES: u64 = 18;
@@ -38,6 +40,7 @@ struct Standing {
     placements: BTreeMap<VmId, Placement>,
     terms: BTreeMap<NodeId, NodeTerm>,
     voters: BTreeSet<NodeId>,
+    owners: Vec<(Option<Owner>, Epoch)>,
     elections: u64,
     moves: u64,
 }
@@ -58,6 +61,7 @@ impl World {
             placements: state.vms.values().map(|vm| (vm.id, vm.placement.clone())).collect(),
             terms: state.nodes.values().map(|node| (node.id, node.term)).collect(),
             voters: state.voters.clone(),
+            owners: World::owners_of_volumes(&state),
             elections: self.tally.elections,
             moves: self.tally.moves,
         };
@@ -79,6 +83,11 @@ impl World {
         let (moves, elections) =
             (now.standing.moves - healed.standing.moves, now.standing.elections - healed.standing.elections);
         let most = most.unwrap_or(0);
+        let owners = now.standing.owners.iter().zip(&healed.standing.owners);
+        let owners = owners.map(|((_, now), (_, then))| now.0 - then.0).max().unwrap_or(0);
+        if owners > OWNERS {
+            self.broken("nothing swings to and fro", format!("since the heal a volume got {owners} owners"));
+        }
         self.tally.unrest = [most, moves, elections];
         if most > EPOCHS || moves > MOVES || elections > ELECTIONS {
             let text =

@@ -33,6 +33,7 @@ impl World {
             }
             self.disk_work(host, vm, me, &mut report);
         }
+        self.report_volumes(host, &state, &mut report);
         if self.hosts[host].agent.caught_up {
             self.report(host, report);
         }
