@@ -19,7 +19,7 @@ mod device;
 #[cfg(test)]
 pub(super) mod stand_in;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::io;
 use std::os::fd::AsFd as _;

@@ -2,7 +2,7 @@
 //! when the lease ends, so the VM outlives it for as long as the keeper stands
 //! still. What keeps it from writing after it runs elsewhere is, here, QEMU's
 //! image lock: while the old QEMU lives no new one gets the disk. On a host with a
-//! hardware watchdog that host would be reset; the lab has none.
+//! hardware watchdog that host is reset, which is another test's.
 
 use std::time::Duration;
 

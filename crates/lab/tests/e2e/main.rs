@@ -37,5 +37,6 @@ mod quorum;
 mod quorum_forced;
 mod room;
 mod sixteen;
+mod watchdog;
 mod what_if;
 mod witness;

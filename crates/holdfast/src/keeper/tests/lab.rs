@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::super::client::{ClientError, KeeperClient};
 use super::super::protocol::*;
-use super::super::watchdog::{Choice, stand_in};
+use super::super::watchdog::{Choice, tests::below};
 use super::super::*;
 use crate::heartbeat::SecretKey;
 use crate::leases::tests::loopback;
@@ -42,7 +42,7 @@ fn keeper_process() {
     let agents = run_dir.join("agents");
     let agent = format!("echo $$ >> {}; exec sleep 1000", agents.display());
     let watchdogs = match std::env::var_os(WATCHDOG) {
-        Some(root) => stand_in::at(root.into(), Choice::Auto),
+        Some(root) => below(root.into()),
         None => Watchdogs::of_host(Choice::Never),
     };
     // Says who it is, and with which descriptor.

@@ -1,7 +1,8 @@
 //! A watchdog for tests: files served over FUSE by a thread of the test. The kernel
 //! carries opens, ioctls, writes and closes to it as it would to a driver; what it
 //! does with them is what Linux's watchdog core does, except that it notes its bite
-//! instead of resetting anything. It is mounted where only the test sees it.
+//! instead of resetting anything. It is mounted where only the test sees it. The
+//! end-to-end tests include this file as well: it knows nothing of the keeper.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -16,8 +17,6 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
-
-use super::{Choice, Watchdogs};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -97,11 +96,6 @@ impl StandIn {
         self.directory.path().to_owned()
     }
 
-    /// As a keeper's configuration.
-    pub fn watchdogs(&self) -> Watchdogs {
-        at(self.root(), Choice::Auto)
-    }
-
     /// What the kernel would say of it in sysfs.
     pub fn describe(&self, file: &str, text: &str) {
         fs::write(self.root().join("sys/watchdog0").join(file), text).unwrap();
@@ -130,11 +124,6 @@ impl StandIn {
     pub fn notes(&self) -> Vec<Note> {
         self.state().notes.clone()
     }
-}
-
-/// Stand-ins below `root`.
-pub fn at(root: PathBuf, choice: Choice) -> Watchdogs {
-    Watchdogs { choice, devices: root.join("dev"), described: root.join("sys") }
 }
 
 impl Drop for StandIn {

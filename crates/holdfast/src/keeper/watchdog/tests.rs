@@ -1,7 +1,7 @@
 //! The watchdog thread's own turns, on a stand-in for the device.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use holdfast_core::NodeTerm;
@@ -12,6 +12,11 @@ use super::*;
 use crate::keeper::table::Published;
 use crate::realtime::pidfd_open;
 use crate::realtime::tests::allocations;
+
+/// The stand-ins below `root`.
+pub fn below(root: PathBuf) -> Watchdogs {
+    Watchdogs { choice: Choice::Auto, devices: root.join("dev"), described: root.join("sys") }
+}
 
 struct Bench {
     dog: WatchdogThread,
@@ -44,7 +49,7 @@ impl Bench {
     }
 }
 
-fn record(run_dir: &Path) -> std::path::PathBuf {
+fn record(run_dir: &Path) -> PathBuf {
     run_dir.join("watchdog.json")
 }
 
@@ -55,7 +60,7 @@ fn thread(device: &StandIn, run_dir: &Path) -> WatchdogThread {
         stopping: AtomicBool::new(false),
     };
     let book = Book::open(run_dir).unwrap();
-    WatchdogThread::new(device.watchdogs(), book, Arc::new(Table::new().unwrap()), Arc::new(signs)).unwrap()
+    WatchdogThread::new(below(device.root()), book, Arc::new(Table::new().unwrap()), Arc::new(signs)).unwrap()
 }
 
 fn end(mut child: Child) {
@@ -128,9 +133,9 @@ fn a_watchdog_that_is_not_fit_is_not_armed_and_says_why() {
     assert_eq!(bench.device.notes().last(), Some(&Note::Disarmed));
 
     let bench = Bench::new(ABLE, u32::MAX);
-    let other = Watchdogs { choice: Choice::Named("watchdog3".into()), ..bench.device.watchdogs() };
+    let other = Watchdogs { choice: Choice::Named("watchdog3".into()), ..below(bench.device.root()) };
     assert!(other.find().unwrap_err().contains("watchdog3 is not there"));
-    let never = Watchdogs { choice: Choice::Never, ..bench.device.watchdogs() };
+    let never = Watchdogs { choice: Choice::Never, ..below(bench.device.root()) };
     assert_eq!(never.find(), Err("the configuration says none".into()));
     assert_eq!(
         Watchdogs { described: "/does/not/exist".into(), ..never }.find().unwrap_err(),
