@@ -30,6 +30,8 @@ pub struct Config {
     /// Other nodes and remote clients reach the agent on this TCP port, and
     /// heartbeats arrive on the UDP port of the same number.
     pub port: u16,
+    /// The volume servers of other nodes reach this host's on this TCP port.
+    pub volume_port: u16,
     /// QEMU's program.
     pub qemu: PathBuf,
     /// Where the fence agents are, which switch other nodes' hosts off.
@@ -61,6 +63,7 @@ impl Default for Config {
             run_dir: "/run/holdfast".into(),
             volumes_dir: "/clusterstorage".into(),
             port: 7470,
+            volume_port: 7471,
             qemu: "qemu-system-x86_64".into(),
             fence_agents_dir: "/usr/sbin".into(),
             watchdog: "auto".into(),
@@ -122,6 +125,10 @@ impl Config {
         if let Some(value) = variable("HOLDFAST_PORT") {
             self.port = value.parse().with_context(|| format!("HOLDFAST_PORT={value:?} is not a port"))?;
         }
+        if let Some(value) = variable("HOLDFAST_VOLUME_PORT") {
+            self.volume_port =
+                value.parse().with_context(|| format!("HOLDFAST_VOLUME_PORT={value:?} is not a port"))?;
+        }
         if let Some(value) = variable("HOLDFAST_CPUS") {
             self.cpus = value.parse().with_context(|| format!("HOLDFAST_CPUS={value:?} is not a number"))?;
         }
@@ -141,6 +148,9 @@ impl Config {
         }
         if self.port == 0 {
             bail!("port = 0: choose a port from 1 to 65535");
+        }
+        if self.volume_port == 0 || self.volume_port == self.port {
+            bail!("volume_port = {}: choose a port from 1 to 65535 that is not `port`", self.volume_port);
         }
         if !self.memory.is_empty() {
             parse_size(&self.memory)?;

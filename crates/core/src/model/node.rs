@@ -69,6 +69,9 @@ pub struct NodeFacts {
     pub version: String,
     /// The hardware watchdog's device, where the host has one.
     pub watchdog: Option<String>,
+    /// Where its volume server answers those of other nodes: TLS over TCP. 0: nowhere.
+    #[serde(default)]
+    pub volume_port: u16,
 }
 
 /// An address of a node.

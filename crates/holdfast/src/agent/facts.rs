@@ -127,6 +127,7 @@ impl Agent {
             addresses: self.addresses().await?,
             version: env!("CARGO_PKG_VERSION").into(),
             watchdog: self.watchdog().and_then(|standing| Some(standing.device()?.path.clone())),
+            volume_port: config.volume_port,
         })
     }
 

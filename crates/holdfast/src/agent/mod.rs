@@ -23,6 +23,7 @@ mod luns;
 mod members;
 pub mod peers;
 mod report;
+mod routes;
 pub mod rpc;
 mod serving;
 mod succession;
@@ -53,6 +54,7 @@ use crate::leases::Leases;
 pub use failure::Failure;
 use keeper_link::KeeperLink;
 use peers::{CallError, Peers};
+pub use routes::Traffic;
 
 /// How long a request may look for a coordinator and wait for its answer.
 const EXECUTE_DEADLINE: Duration = Duration::from_secs(10);

@@ -325,7 +325,11 @@ pub fn heartbeat_addresses(state: &ClusterState, node: &Node) -> Vec<SocketAddr>
     on_cluster_networks(state, node).map(|ip| SocketAddr::new(ip, node.heartbeat_port)).collect()
 }
 
-fn on_cluster_networks<'a>(state: &'a ClusterState, node: &'a Node) -> impl Iterator<Item = std::net::IpAddr> {
+/// Its addresses on networks that carry the cluster's traffic, the best network first.
+pub(super) fn on_cluster_networks<'a>(
+    state: &'a ClusterState,
+    node: &'a Node,
+) -> impl Iterator<Item = std::net::IpAddr> {
     let mut usable: Vec<_> = node
         .facts
         .addresses

@@ -19,6 +19,7 @@ use super::enter::{JoinAnswer, JoinRefusal, JoinRequest};
 use super::fencing::FenceTestCall;
 use super::luns::{LunProbe, LunProbed};
 use super::report::Numbered;
+use super::routes::Traffic;
 use super::succession::Succession;
 use super::volumes::{Probe, Probed};
 use super::witness;
@@ -42,6 +43,8 @@ pub const HAND_OVER: &str = "/node/hand-over";
 pub const PROBE: &str = "/node/probe-volume";
 /// Looks at a LUN that is to become a volume.
 pub const PROBE_LUN: &str = "/node/probe-lun";
+/// Tells how much I/O went through other nodes.
+pub const TRAFFIC: &str = "/node/redirected-traffic";
 /// Tries out the power fencing of a third node.
 pub const FENCE_TEST: &str = "/node/fence-test";
 /// Lets a host join.
@@ -123,6 +126,7 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
         .route(HAND_OVER, post(hand_over))
         .route(PROBE, post(probe))
         .route(PROBE_LUN, post(probe_lun))
+        .route(TRAFFIC, post(traffic))
         .route(FENCE_TEST, post(fence_test))
         .route("/node/vms/{vm}/announce", post(announce))
         .route("/node/vms/{vm}/continue", post(go_on))
@@ -135,6 +139,10 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
 
 async fn greet(State(context): State<Context>) -> Json<(u64, u64)> {
     Json(context.member.consensus.log_end())
+}
+
+async fn traffic(State(context): State<Context>) -> Json<BTreeMap<uuid::Uuid, Traffic>> {
+    Json(context.agent.traffic_here())
 }
 
 async fn consensus(State(context): State<Context>, Path(kind): Path<String>, body: Bytes) -> Response {

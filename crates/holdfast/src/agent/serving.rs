@@ -17,19 +17,20 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
+use super::routes::{Paths, Traffic};
 use super::{Agent, Member};
 use crate::keeper::protocol::Request;
 use crate::volume::protocol::{Answer, Ask, Call, Disk, DiskId, LONGEST_LINE, SOCKET, ToAgent, ToServer};
 
 /// How long the volume server may take to open a disk.
-const SERVE_WITHIN: Duration = Duration::from_secs(10);
+pub(super) const SERVE_WITHIN: Duration = Duration::from_secs(10);
 /// How long what is under way may take when a disk is withdrawn.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(30);
 /// Between two attempts to reach the volume server, or to have a question answered.
 const AGAIN: Duration = Duration::from_millis(20);
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// A disk that could not be served is tried again this often.
-const SERVE_AGAIN: Duration = Duration::from_secs(1);
+pub(super) const SERVE_AGAIN: Duration = Duration::from_secs(1);
 /// A barrier that does not come about is asked for again after this.
 const APPLIED_WITHIN: Duration = Duration::from_secs(1);
 
@@ -39,18 +40,26 @@ pub struct Serving {
     line: watch::Sender<Option<Arc<Line>>>,
     /// Where LUNs were found on this node, by their volumes.
     devices: Mutex<BTreeMap<Uuid, PathBuf>>,
+    /// How this node reaches LUNs.
+    pub(super) paths: Paths,
 }
 
 impl Default for Serving {
     fn default() -> Self {
-        Serving { wanted: Mutex::default(), line: watch::Sender::new(None), devices: Mutex::default() }
+        let (wanted, devices, paths) = (Mutex::default(), Mutex::default(), Paths::default());
+        Serving { wanted, line: watch::Sender::new(None), devices, paths }
     }
 }
 
 impl Serving {
-    /// LUNs were found here.
+    /// LUNs were found here. One that is not found now is still where it was.
     pub fn found(&self, devices: BTreeMap<Uuid, PathBuf>) {
-        *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
+        let mut known = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        let moved = devices.iter().any(|(volume, device)| known.get(volume) != Some(device));
+        known.extend(devices);
+        if moved {
+            self.paths.moved.notify_one();
+        }
     }
 
     /// Where the LUN of a volume was found on this node.
@@ -75,6 +84,15 @@ impl Line {
         let mut line = serde_json::to_vec(word)?;
         line.push(b'\n');
         Ok(self.writer.lock().await.write_all(&line).await?)
+    }
+
+    /// Says a call; calls are begun in the order in which they are said.
+    pub(super) async fn say_call(&self, call: Call) -> anyhow::Result<oneshot::Receiver<Result<(), String>>> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (tell, told) = oneshot::channel();
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).insert(id, tell);
+        self.say(&ToServer::Call { id, call }).await?;
+        Ok(told)
     }
 
     pub(super) async fn call(&self, call: Call, within: Duration) -> Result<(), CallError> {
@@ -156,13 +174,18 @@ impl Agent {
             next: AtomicU64::new(1),
         });
         let told = async {
-            let mut left = self.tell_everything(member, &line).await?;
-            member.serving.line.send_replace(Some(line.clone()));
-            while !left.is_empty() {
-                sleep(SERVE_AGAIN).await;
-                left = self.tell_of(member, &line, left).await;
-            }
-            std::future::pending::<anyhow::Result<()>>().await
+            let state = self.agreed_so_far(member).await;
+            let ways = self.tell_ways(member, &line, &state).await?;
+            let disks = async {
+                let mut left = self.tell_everything(member, &line, &state).await?;
+                member.serving.line.send_replace(Some(line.clone()));
+                while !left.is_empty() {
+                    sleep(SERVE_AGAIN).await;
+                    left = self.tell_of(member, &line, left).await;
+                }
+                Ok(())
+            };
+            tokio::try_join!(disks, self.keep_routes(member, &line, ways)).map(drop)
         };
         tokio::select! {
             heard = self.clone().hear(member, reader, line.clone()) => heard,
@@ -172,9 +195,13 @@ impl Agent {
 
     /// Everything that there is to serve, with where its parts are by now: a life of the
     /// volume server before this one may have been told of more than this agent was.
-    async fn tell_everything(&self, member: &'static Member, line: &Line) -> anyhow::Result<Vec<DiskId>> {
-        let state = self.agreed_so_far(member).await;
-        self.adopt(member, &state);
+    async fn tell_everything(
+        &self,
+        member: &'static Member,
+        line: &Line,
+        state: &ClusterState,
+    ) -> anyhow::Result<Vec<DiskId>> {
+        self.adopt(member, state);
         // A right that is over is never given again: QEMU is dead, its disks are only
         // still to be withdrawn.
         let lasts = |disk: &Disk| {
@@ -445,6 +472,10 @@ impl Agent {
                     if let Some(call) = call {
                         let _ = call.send(result);
                     }
+                }
+                ToAgent::Path { volume_id, path } => self.path_is(member, volume_id, path),
+                ToAgent::Redirected { volume_id, requests, bytes } => {
+                    self.redirected(member, volume_id, Traffic { requests, bytes });
                 }
                 ToAgent::Ask { id, ask } => {
                     let (agent, line) = (self.clone(), line.clone());

@@ -118,8 +118,10 @@ impl Agent {
             if !changes.borrow().cluster.name.is_empty() {
                 drop_links(root, &volumes);
                 let Seen { unreachable, devices } = looks.look(root, luns, &volumes, DEADLINE).await;
+                let (looked, unreachable) = apart(&volumes, unreachable);
                 member.serving.found(devices);
                 member.reports.say(|report| report.unreachable = unreachable);
+                self.looked_at(member, looked);
                 known = Some(volumes);
             }
             let changed = changes.wait_for(|state| known.as_ref() != Some(&state.volumes));
@@ -222,6 +224,22 @@ impl Looks {
         }
         seen
     }
+}
+
+/// How LUNs are reached, by their volumes' identities, and directories that are not.
+fn apart(
+    volumes: &BTreeMap<String, Volume>,
+    mut unreachable: BTreeMap<String, String>,
+) -> (BTreeMap<Uuid, LunPath>, BTreeMap<String, String>) {
+    let luns = volumes.iter().filter(|(_, volume)| matches!(volume.kind, VolumeKind::Lun { .. }));
+    let looked = luns.map(|(name, volume)| {
+        let path = match unreachable.remove(name) {
+            Some(why) => LunPath::Unavailable { why },
+            None => LunPath::Direct,
+        };
+        (volume.id, path)
+    });
+    (looked.collect(), unreachable)
 }
 
 fn look_at(at: &Path, luns: &Path, volume: &Volume) -> Reached {

@@ -119,6 +119,7 @@ enum Begun {
     Serve(u64, Disk),
     /// One disk, or others than some; and what was served of them.
     Withdraw(Option<(u64, Disk)>, Withdrawal),
+    Nothing,
     Describe(Box<Description>),
     EndDescription(Uuid),
 }
@@ -253,6 +254,7 @@ impl Disks {
                 let kept: BTreeSet<_> = kept.into_iter().collect();
                 Begun::Withdraw(None, book.take_out(|id| !kept.contains(id)))
             }
+            Call::Links(_) | Call::Routes(_) => Begun::Nothing,
             Call::Describe(description) => Begun::Describe(Box::new(description)),
             Call::EndDescription { volume_id, epoch } => {
                 self.journals.end(volume_id, epoch);
@@ -263,6 +265,8 @@ impl Disks {
 
     fn finish(&self, begun: Begun) -> anyhow::Result<()> {
         let (number, done) = match begun {
+            // This server does no I/O for others, so none of it is ever under way.
+            Begun::Nothing => return Ok(()),
             Begun::Describe(description) => return self.journals.write(Arc::new(self.right(true)), &description),
             Begun::EndDescription(volume) => {
                 self.journals.close(volume);

@@ -3,9 +3,10 @@
 //! keeps nothing: whatever it has to serve, the agent says again to each new life.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use holdfast_core::{Mapped, Slabs, Taking, Tenure, VmId};
+use holdfast_core::{LunPath, Mapped, NodeId, NodeTerm, Slabs, Taking, Tenure, VmId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -58,6 +59,53 @@ impl Disk {
     }
 }
 
+/// Who this node is to the volume servers of others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Links {
+    /// Where this node's certificate and key are: the key itself does not travel.
+    pub state_dir: PathBuf,
+    /// This node.
+    pub node: NodeId,
+    /// Where others reach this server.
+    pub port: u16,
+}
+
+/// Another way to a LUN than this node's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Routes {
+    /// The volume's name.
+    pub volume: String,
+    /// Its identity, also written on it.
+    pub volume_id: Uuid,
+    /// The device that it is on, here.
+    pub device: PathBuf,
+    /// The owner, if it is another node.
+    pub owner: Option<Peer>,
+    /// This node's term: the two that follow are rights of it, and void in a server that
+    /// lives under a lease of another.
+    pub term: NodeTerm,
+    /// The epoch under which this node is the owner: it does I/O for others that name it.
+    pub mine: Option<u64>,
+    /// This node was the owner under this epoch and is to leave. Done when nothing of
+    /// others is under way, nor of what an earlier life of the server did for them.
+    pub leaves: Option<u64>,
+    /// This node goes through the owner although its own path may work.
+    pub planned: bool,
+}
+
+/// The owner of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Which node.
+    pub node: NodeId,
+    /// In which of its terms.
+    pub term: NodeTerm,
+    /// Under which epoch.
+    pub epoch: u64,
+    /// Where its volume server answers, the best network first.
+    pub addresses: Vec<SocketAddr>,
+}
+
 /// From the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -90,6 +138,12 @@ pub enum Call {
     Withdraw(Disk),
     /// Serve no others than these. Done when nothing of others is under way.
     Only(Vec<DiskId>),
+    /// Who this node is; said first to each life of the server.
+    Links(Links),
+    /// Said of every LUN of the cluster to each life of the server, before any of its
+    /// disks, and again when something of it changes; of one that is not a volume any
+    /// more without an owner.
+    Routes(Routes),
     /// Describe a LUN's files on it. Done when that is on stable storage.
     Describe(Description),
     /// Describe it no more under this epoch. Done when nothing of it is under way.
@@ -155,6 +209,24 @@ pub enum ToAgent {
         id: u64,
         /// What became of it; the error says what stands in the way.
         result: Result<(), String>,
+    },
+    /// How this node reaches a LUN that is open here: said to each agent that comes, and
+    /// when it changes.
+    Path {
+        /// The volume.
+        volume_id: Uuid,
+        /// How; `None`: it is not open here any more.
+        path: Option<LunPath>,
+    },
+    /// What this life of the server has done through other nodes in all; said once a
+    /// second at most, while it grows.
+    Redirected {
+        /// The volume.
+        volume_id: Uuid,
+        /// How many requests.
+        requests: u64,
+        /// How many bytes were read and written.
+        bytes: u64,
     },
     /// A question to the cluster.
     Ask {

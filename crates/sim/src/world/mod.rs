@@ -315,6 +315,7 @@ impl World {
             }],
             version: "0.1.0".into(),
             watchdog: None,
+            volume_port: 0,
         };
         let memory = self.setting.memory_mib;
         let host = |index: usize| NewNode {
