@@ -16,6 +16,10 @@ pub struct ClusterView {
     pub founded_ms: u64,
     /// The failover profile.
     pub profile: ProfileName,
+    /// How long VMs stay on a node that reaches their disks only through another, in
+    /// seconds.
+    #[serde(default)]
+    pub redirect_patience_s: u64,
     /// Length of a lease under that profile.
     pub lease_ms: u64,
     /// The node that was asked.

@@ -35,6 +35,9 @@ pub use vm::{
     Cause, CreateVm, DesiredState, DiskDefinition, DiskFormat, DiskView, Explanation, KernelBoot, MigrateVm,
     NicDefinition, Priority, StopVm, VmDefinition, VmState, VmView,
 };
-pub use volume::{AddVolume, Reach, VolumeKind, VolumeView};
+pub use volume::{
+    AddVolume, OwnerView, PathState, Reach, RenameVolume, SetOwner, SetRedirect, SetRedirectPatience, VolumeKind,
+    VolumeView,
+};
 pub use what_if::{VmFate, VmForecast, WhatIfView, Within};
 pub use witness::{SetWitness, WitnessView};

@@ -26,6 +26,9 @@ pub struct VolumeView {
     /// What its disks would take if they were full; for a LUN.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub promised_bytes: Option<u64>,
+    /// Who does I/O for nodes without a path of their own; for a LUN that has an owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<OwnerView>,
     /// How each node reaches it.
     pub reach: Vec<Reach>,
     /// VMs with files on it.
@@ -51,8 +54,86 @@ pub struct Reach {
     pub node: String,
     /// Whether it does; absent when it said nothing yet.
     pub ok: Option<bool>,
-    /// Why it does not.
+    /// Why it does not, or only through another node.
     pub why: Option<String>,
+    /// Of a LUN: how it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathState>,
+    /// The node that it goes through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub through: Option<String>,
+    /// Since when it is so, milliseconds since the Unix epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since_ms: Option<u64>,
+    /// It is redirected because a user wants it so.
+    #[serde(default)]
+    pub by_hand: bool,
+    /// Requests that went through other nodes since its volume server was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirected_requests: Option<u64>,
+    /// What they read and wrote, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirected_bytes: Option<u64>,
+}
+
+/// How a node reaches a LUN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PathState {
+    /// By itself.
+    Direct,
+    /// Through the owner.
+    Redirected,
+    /// Not at all: what guests ask for waits.
+    Unavailable,
+}
+
+/// Who owns a volume on a LUN.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OwnerView {
+    /// The node.
+    pub node: String,
+    /// Counts the volume's owners.
+    pub epoch: u64,
+    /// It hands it over, and takes nothing new.
+    pub leaving: bool,
+    /// Who is to own it next, by a user's wish.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+/// Renames a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RenameVolume {
+    /// Its new name.
+    pub name: String,
+}
+
+/// Chooses who owns a volume on a LUN.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetOwner {
+    /// The node.
+    pub node: String,
+}
+
+/// Chooses how a node reaches a volume on a LUN.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetRedirect {
+    /// The node.
+    pub node: String,
+    /// Through the owner, although it need not; otherwise by itself where it can.
+    pub redirect: bool,
+}
+
+/// Chooses how long VMs stay on a node that reaches their disks only through another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetRedirectPatience {
+    /// How long, in seconds.
+    pub seconds: u64,
 }
 
 /// Adds a volume.

@@ -167,6 +167,12 @@ pub enum ClusterCommand {
     },
     /// How the cluster stands.
     Status,
+    /// Choose how long VMs stay on a node that reaches their disks on a LUN only through
+    /// another node.
+    RedirectPatience {
+        /// How long, in seconds.
+        seconds: u64,
+    },
     /// Choose how fast a lost node is noticed.
     Profile {
         /// `default` for any network, `fast` for quiet dedicated ones, `wan` between sites.
@@ -343,6 +349,31 @@ pub enum VolumeCommand {
         /// Its name.
         name: String,
     },
+    /// Rename a volume. VMs with files on it have to be off.
+    Rename {
+        /// Its name.
+        name: String,
+        /// Its new name.
+        new: String,
+    },
+    /// Choose the node that owns a volume on a LUN, and does I/O for nodes without a path.
+    SetOwner {
+        /// The volume.
+        name: String,
+        /// The node.
+        node: String,
+    },
+    /// Send a node's I/O on a LUN through the volume's owner, as for work on its paths.
+    Maintenance {
+        /// The volume.
+        name: String,
+        /// The node that is to go through the owner.
+        #[arg(long, value_name = "NODE", required_unless_present = "direct", conflicts_with = "direct")]
+        redirect: Option<String>,
+        /// The node that is to reach the LUN by itself again.
+        #[arg(long, value_name = "NODE")]
+        direct: Option<String>,
+    },
     /// Remove a volume that no VM uses. What is on it stays.
     Remove {
         /// Its name.
@@ -479,6 +510,11 @@ mod tests {
             "volume add main --directory /srv/main",
             "volume add san --lun /dev/disk/by-id/wwn-0x5000 --erase ext",
             "volume show main --json",
+            "volume rename main fast",
+            "volume set-owner san n2",
+            "volume maintenance san --redirect n1",
+            "volume maintenance san --direct n1",
+            "cluster redirect-patience 30",
             "vm create web --cpus 2 --memory 2G --disk main:20G,format=raw --image /tmp/i.qcow2 --nic lan,vlan=7 --priority high --start",
             "vm create web --kernel /k --initrd /i --append console=ttyS0 --disk main:1G",
             "vm create -f vm.yaml --no-wait",

@@ -34,6 +34,10 @@ pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Do
             let request = api::SetProfile { profile };
             status(&client.send_json(Method::PUT, "/api/v1/cluster/profile", &request).await?, json)
         }
+        ClusterCommand::RedirectPatience { seconds } => {
+            let request = api::SetRedirectPatience { seconds };
+            status(&client.send_json(Method::PUT, "/api/v1/cluster/redirect-patience", &request).await?, json)
+        }
         ClusterCommand::Handover { to } => {
             let handed: api::HandedOver = client.post("/api/v1/cluster/hand-over", &api::HandOver { to }).await?;
             match json {
@@ -64,6 +68,7 @@ fn status(cluster: &api::ClusterView, json: bool) -> Done {
         ("nodes", format!("{} of {} up", counts.nodes_up, counts.nodes)),
         ("vms", format!("{} of {} running", counts.vms_running, counts.vms)),
         ("volumes", counts.volumes.to_string()),
+        ("redirected VMs", format!("leave their node after {} s", cluster.redirect_patience_s)),
         ("jobs", counts.jobs.to_string()),
         ("answered by", cluster.answered_by.clone()),
     ])?;
@@ -283,23 +288,44 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
                 return output::json(&volumes);
             }
             let row = |volume: &api::VolumeView| {
-                let away = volume.reach.iter().filter(|reach| reach.ok == Some(false)).map(|reach| reach.node.as_str());
+                let away = volume
+                    .reach
+                    .iter()
+                    .filter(|reach| reach.ok == Some(false) || reach.path == Some(api::PathState::Redirected));
+                let away = away.map(|reach| match reach.path {
+                    Some(path) => format!("{} ({})", reach.node, output::word(&path)),
+                    None => reach.node.clone(),
+                });
                 let away = away.collect::<Vec<_>>().join(", ");
                 [
                     volume.name.clone(),
                     output::word(&volume.kind),
                     volume.path.clone(),
+                    output::or_dash(volume.owner.as_ref().map(|owner| owner.node.clone())),
                     output::or_dash(volume.size_bytes.map(output::size)),
                     output::or_dash(volume.free_bytes.map(output::size)),
                     if away.is_empty() { "-".into() } else { away },
                 ]
             };
-            let heads = ["name", "kind", "path", "size", "free", "unreachable from"];
+            let heads = ["name", "kind", "path", "owner", "size", "free", "not direct from"];
             return output::table(heads, volumes.iter().map(row));
         }
         VolumeCommand::Remove { name } => {
             let () = client.delete(&format!("/api/v1/volumes/{}", segment(&name))).await?;
             return done(json, format!("Volume {name} is removed; its files stay."));
+        }
+        VolumeCommand::Rename { name, new } => {
+            let path = format!("/api/v1/volumes/{}", segment(&name));
+            client.send_json(Method::PATCH, &path, &api::RenameVolume { name: new }).await?
+        }
+        VolumeCommand::SetOwner { name, node } => {
+            let path = format!("/api/v1/volumes/{}/owner", segment(&name));
+            client.send_json(Method::PUT, &path, &api::SetOwner { node }).await?
+        }
+        VolumeCommand::Maintenance { name, redirect, direct } => {
+            let path = format!("/api/v1/volumes/{}/redirect", segment(&name));
+            let (away, node) = (redirect.is_some(), redirect.or(direct).unwrap_or_default());
+            client.send_json(Method::PUT, &path, &api::SetRedirect { node, redirect: away }).await?
         }
         VolumeCommand::Add { name, directory, lun, erase } => {
             client.post("/api/v1/volumes", &api::AddVolume { name, directory, lun, erase }).await?
@@ -312,15 +338,6 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
     if json {
         return output::json(&volume);
     }
-    let reach = |reach: &api::Reach| match (reach.ok, &reach.why) {
-        (Some(true), _) if volume.kind == api::VolumeKind::Lun => format!("{}: direct", reach.node),
-        (Some(false), why) if volume.kind == api::VolumeKind::Lun => {
-            format!("{}: unavailable: {}", reach.node, why.as_deref().unwrap_or("it did not say why"))
-        }
-        (Some(true), _) => format!("{}: reaches it", reach.node),
-        (Some(false), why) => format!("{}: does not: {}", reach.node, why.as_deref().unwrap_or("it did not say why")),
-        (None, _) => format!("{}: has not said yet", reach.node),
-    };
     output::facts(&[
         ("name", volume.name.clone()),
         ("id", volume.id.clone()),
@@ -330,10 +347,43 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
         ("size", output::or_dash(volume.size_bytes.map(output::size))),
         ("free", output::or_dash(volume.free_bytes.map(output::size))),
         ("promised", output::or_dash(volume.promised_bytes.map(output::size))),
+        ("owner", output::or_dash(volume.owner.as_ref().map(owner))),
         ("nodes", volume.reach.iter().map(reach).collect::<Vec<_>>().join("\n")),
         ("vms", volume.vms.join(", ")),
         ("added", output::moment(volume.added_ms)),
     ])
+}
+
+fn owner(owner: &api::OwnerView) -> String {
+    match (&owner.next, owner.leaving) {
+        (Some(next), _) => format!("{}, hands it over to {next}", owner.node),
+        (None, true) => format!("{}, hands it over", owner.node),
+        (None, false) => owner.node.clone(),
+    }
+}
+
+/// How a node reaches a volume: how, why, since when, through whom, how much.
+fn reach(reach: &api::Reach) -> String {
+    let why = reach.why.as_deref().unwrap_or("it did not say why");
+    let by_hand = if reach.by_hand { ", by hand" } else { "" };
+    let how = match (reach.path, reach.ok) {
+        (_, None) => return format!("{}: has not said yet{by_hand}", reach.node),
+        (None, Some(true)) => return format!("{}: reaches it", reach.node),
+        (None, Some(false)) => return format!("{}: does not: {why}", reach.node),
+        // What it was told by hand it will do.
+        (Some(api::PathState::Direct), _) => return format!("{}: direct{by_hand}", reach.node),
+        (Some(api::PathState::Unavailable), _) => "unavailable".to_owned(),
+        (Some(api::PathState::Redirected), _) => {
+            let through = reach.through.as_deref().unwrap_or("the owner");
+            format!("redirected through {through}{by_hand}")
+        }
+    };
+    let since = reach.since_ms.map_or_else(String::new, |since| format!(" since {}", output::moment(since)));
+    let much = match (reach.redirected_requests, reach.redirected_bytes) {
+        (Some(requests), Some(bytes)) => format!("; {requests} requests, {}", output::size(bytes)),
+        _ => String::new(),
+    };
+    format!("{}: {how}{since}: {why}{much}", reach.node)
 }
 
 /// `holdfast token`.
@@ -359,5 +409,32 @@ pub async fn token(client: &Client, command: TokenCommand, json: bool) -> Done {
             let () = client.delete(&format!("/api/v1/tokens/{}", segment(&name))).await?;
             done(json, format!("Token {name} is revoked."))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_a_node_reaches_a_lun_is_told_with_all_that_is_known() {
+        let mut shown = api::Reach {
+            node: "n2".into(),
+            ok: Some(true),
+            why: Some("input/output error".into()),
+            path: Some(api::PathState::Redirected),
+            through: Some("n1".into()),
+            since_ms: Some(0),
+            by_hand: false,
+            redirected_requests: Some(7),
+            redirected_bytes: Some(4096),
+        };
+        let told = reach(&shown);
+        assert!(told.starts_with("n2: redirected through n1 since "), "{told}");
+        assert!(told.ends_with(": input/output error; 7 requests, 4 KiB"), "{told}");
+        shown.path = Some(api::PathState::Direct);
+        assert_eq!(reach(&shown), "n2: direct");
+        (shown.path, shown.ok) = (None, None);
+        assert_eq!(reach(&shown), "n2: has not said yet");
     }
 }

@@ -1,7 +1,7 @@
 //! Metrics in Prometheus' text format, computed anew for every scrape: nothing
 //! has to be kept in step with the state.
 
-use holdfast_core::ClusterState;
+use holdfast_core::{ClusterState, LunPath};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -113,6 +113,32 @@ pub fn text(state: &ClusterState, from: Vantage<'_>) -> Result<String, std::fmt:
         "vm_epoch",
         "Starts of a VM's QEMU so far",
         vms().map(|(vm, _)| (vec![label("vm", vm.name.clone())], bytes(vm.last_epoch.0))).collect(),
+    );
+    let luns = || state.luns.keys().flat_map(|name| state.nodes.values().map(move |node| (name, node)));
+    family(
+        "volume_path",
+        "How a node reaches a volume on a LUN: direct, redirected or unavailable",
+        luns()
+            .filter_map(|(name, node)| {
+                let how = match state.reached(name, node.id)?.path {
+                    LunPath::Direct => "direct",
+                    LunPath::Redirected { .. } => "redirected",
+                    LunPath::Unavailable { .. } => "unavailable",
+                };
+                let labels = [("volume", name), ("node", &node.name), ("path", &how.to_owned())];
+                Some((labels.map(|(key, value)| label(key, value.clone())).to_vec(), 1))
+            })
+            .collect(),
+    );
+    family(
+        "volume_owner",
+        "Whether a node owns a volume on a LUN",
+        luns()
+            .map(|(name, node)| {
+                let owns = state.owner(name).is_some_and(|owner| owner.node == node.id);
+                (vec![label("volume", name.clone()), label("node", node.name.clone())], owns.into())
+            })
+            .collect(),
     );
     family(
         "jobs",

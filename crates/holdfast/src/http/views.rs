@@ -2,6 +2,7 @@
 //! nodes agree on and, where it helps, from what the coordinator observes.
 
 mod fencing;
+mod paths;
 mod quorum;
 mod vm;
 mod what_if;
@@ -15,6 +16,7 @@ use holdfast_core::watchdog::Standing;
 use holdfast_core::*;
 
 pub use fencing::{fence_test, fencing};
+pub use paths::count;
 pub use quorum::quorum;
 #[cfg(test)]
 pub use vm::definition;
@@ -53,6 +55,7 @@ pub fn cluster(state: &ClusterState, from: Vantage<'_>) -> api::ClusterView {
         id: state.cluster.id.to_string(),
         founded_ms: state.cluster.founded_ms,
         profile: profile(state.settings.profile),
+        redirect_patience_s: state.settings.redirect_patience_s,
         lease_ms: state.settings.profile.timing().length_ms,
         answered_by: from.me.map(|me| state.node_name(me)).unwrap_or_default(),
         coordinator: from.coordinator.map(|node| state.node_name(node)),
@@ -111,6 +114,7 @@ fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
             warnings.push(format!("node {name} does not reach volume {volume}: {why}"));
         }
     }
+    warnings.extend(paths::warnings(state));
     for (name, lun) in &state.luns {
         let full = u64::from(lun.used_slabs()) * 100 / u64::from(lun.slabs.max(1));
         if full >= FULL_PERCENT {
@@ -264,10 +268,23 @@ pub fn volume(
         Some(Room { size: bytes(lun.slabs), free: bytes(lun.slabs - lun.used_slabs()) })
     });
     let reach = |node: &Node| {
+        if let Some(lun) = lun {
+            return paths::reach(state, name, lun, node);
+        }
         // A node that is not up may have said something long ago.
         let said = report(observed, node).filter(|_| node.is_up());
         let why = said.and_then(|report| report.unreachable.get(name).cloned());
-        api::Reach { node: node.name.clone(), ok: said.map(|_| why.is_none()), why }
+        api::Reach {
+            node: node.name.clone(),
+            ok: said.map(|_| why.is_none()),
+            why,
+            path: None,
+            through: None,
+            since_ms: None,
+            by_hand: false,
+            redirected_requests: None,
+            redirected_bytes: None,
+        }
     };
     let on_it = |vm: &&Vm| vm.spec.uses_volume(name);
     api::VolumeView {
@@ -279,6 +296,7 @@ pub fn volume(
         size_bytes: room.map(|room| room.size),
         free_bytes: room.map(|room| room.free),
         promised_bytes: lun.map(|lun| lun.files.values().map(|file| file.bytes).sum()),
+        owner: paths::owner(state, name),
         reach: state.nodes.values().map(reach).collect(),
         vms: names(state.vms.values().filter(on_it).map(|vm| &vm.name)),
         added_ms: volume.added_ms,

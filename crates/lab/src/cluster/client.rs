@@ -244,6 +244,8 @@ requests! {
     networks() -> Vec<api::NetworkView> = "GET" "/api/v1/networks", &();
     /// The volumes.
     volumes() -> Vec<api::VolumeView> = "GET" "/api/v1/volumes", &();
+    /// One volume.
+    volume(name: &str) -> api::VolumeView = "GET" "/api/v1/volumes/{name}", &();
     /// The VMs.
     vms() -> Vec<api::VmView> = "GET" "/api/v1/vms", &();
     /// One VM.
@@ -270,6 +272,18 @@ requests! {
         "PATCH" "/api/v1/networks/{name}", request;
     /// Adds a volume.
     add_volume(request: &api::AddVolume) -> api::VolumeView = "POST" "/api/v1/volumes", request;
+    /// Renames a volume.
+    rename_volume(name: &str, new: &str) -> api::VolumeView =
+        "PATCH" "/api/v1/volumes/{name}", &api::RenameVolume { name: new.into() };
+    /// Chooses who owns a volume.
+    set_owner(name: &str, node: &str) -> api::VolumeView =
+        "PUT" "/api/v1/volumes/{name}/owner", &api::SetOwner { node: node.into() };
+    /// Sends a node's I/O through a volume's owner, or takes that back.
+    set_redirect(name: &str, node: &str, redirect: bool) -> api::VolumeView =
+        "PUT" "/api/v1/volumes/{name}/redirect", &api::SetRedirect { node: node.into(), redirect };
+    /// Chooses how long VMs stay on a node whose I/O is redirected.
+    set_redirect_patience(seconds: u64) -> api::ClusterView =
+        "PUT" "/api/v1/cluster/redirect-patience", &api::SetRedirectPatience { seconds };
     /// Adds a switch.
     add_switch(request: &api::AddSwitch) -> api::SwitchView = "POST" "/api/v1/switches", request;
     /// Creates a VM.

@@ -106,6 +106,20 @@ pub async fn set_profile(
     view(&served).await.map(Json)
 }
 
+/// Chooses how long VMs stay on a node that reaches their disks only through another.
+#[utoipa::path(put, path = "/api/v1/cluster/redirect-patience", operation_id = "setRedirectPatience", tag = "cluster", request_body = api::SetRedirectPatience, responses(
+    (status = 200, body = api::ClusterView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn set_redirect_patience(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Body(request): Body<api::SetRedirectPatience>,
+) -> Result<Json<api::ClusterView>, ApiError> {
+    execute(&served.agent, &by, Command::SetRedirectPatience { seconds: request.seconds }).await?;
+    view(&served).await.map(Json)
+}
+
 /// The API tokens, without their secrets.
 #[utoipa::path(get, path = "/api/v1/tokens", operation_id = "listTokens", tag = "tokens", responses(
     (status = 200, body = Vec<api::TokenView>),

@@ -6,9 +6,9 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use holdfast_api as api;
-use holdfast_core::{ClusterState, Command, Volume};
+use holdfast_core::{ClusterState, Command, LunPath, Volume};
 
-use super::{Outlook, execute, state};
+use super::{Outlook, execute, node, state};
 use crate::http::Served;
 use crate::http::error::{ApiError, Body};
 use crate::http::gate::Caller;
@@ -40,8 +40,14 @@ async fn view(
 async fn one(served: &Served, name: &str) -> Result<api::VolumeView, ApiError> {
     let state = state(&served.agent)?;
     let volume = state.volumes.get(name).ok_or_else(|| ApiError::not_found("volume", name))?;
-    let outlook = Outlook::take(&served.agent).await;
-    Ok(view(served, &state, name, volume, outlook.observed.as_ref()).await)
+    let asked = state.nodes.keys().copied().filter(|node| {
+        let reached = state.reached(name, *node);
+        reached.is_some_and(|reached| !matches!(reached.path, LunPath::Unavailable { .. }))
+    });
+    let (outlook, said) = tokio::join!(Outlook::take(&served.agent), served.agent.traffic(asked));
+    let mut shown = view(served, &state, name, volume, outlook.observed.as_ref()).await;
+    views::count(&mut shown, &state, volume.id, &said);
+    Ok(shown)
 }
 
 /// The volumes.
@@ -96,6 +102,55 @@ pub async fn add(
     (status = "default", body = api::ErrorBody, description = "an error"),
 ))]
 pub async fn show(State(served): State<Served>, Path(name): Path<String>) -> Result<Json<api::VolumeView>, ApiError> {
+    one(&served, &name).await.map(Json)
+}
+
+/// Renames a volume. VMs with files on it have to be off.
+#[utoipa::path(patch, path = "/api/v1/volumes/{name}", operation_id = "renameVolume", tag = "volumes", params(("name" = String, Path)), request_body = api::RenameVolume, responses(
+    (status = 200, body = api::VolumeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn rename(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+    Body(request): Body<api::RenameVolume>,
+) -> Result<Json<api::VolumeView>, ApiError> {
+    execute(&served.agent, &by, Command::RenameVolume { name, new: request.name.clone() }).await?;
+    one(&served, &request.name).await.map(Json)
+}
+
+/// Chooses who owns a volume on a LUN: it does I/O for nodes without a path of their own.
+#[utoipa::path(put, path = "/api/v1/volumes/{name}/owner", operation_id = "setVolumeOwner", tag = "volumes", params(("name" = String, Path)), request_body = api::SetOwner, responses(
+    (status = 200, body = api::VolumeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn set_owner(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+    Body(request): Body<api::SetOwner>,
+) -> Result<Json<api::VolumeView>, ApiError> {
+    let node = node(&*state(&served.agent)?, &request.node)?.id;
+    execute(&served.agent, &by, Command::SetOwner { volume: name.clone(), node }).await?;
+    one(&served, &name).await.map(Json)
+}
+
+/// Sends a node's I/O on a LUN through the volume's owner although it need not, as for
+/// work on its paths; or takes that back.
+#[utoipa::path(put, path = "/api/v1/volumes/{name}/redirect", operation_id = "setVolumeRedirect", tag = "volumes", params(("name" = String, Path)), request_body = api::SetRedirect, responses(
+    (status = 200, body = api::VolumeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn set_redirect(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+    Body(request): Body<api::SetRedirect>,
+) -> Result<Json<api::VolumeView>, ApiError> {
+    let node = node(&*state(&served.agent)?, &request.node)?.id;
+    let command = Command::SetRedirect { volume: name.clone(), node, redirect: request.redirect };
+    execute(&served.agent, &by, command).await?;
     one(&served, &name).await.map(Json)
 }
 

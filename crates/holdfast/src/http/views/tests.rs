@@ -187,6 +187,41 @@ fn a_volume_says_how_each_node_reaches_it() {
 }
 
 #[test]
+fn paths_to_a_lun_are_shown_and_warned_of() {
+    let mut state = state();
+    let (id, kind) =
+        (uuid::Uuid::from_u128(9), VolumeKind::Lun { device: "/dev/sdb".into(), slab_bytes: 16 << 20, slabs: 9 });
+    let proposal = Proposal {
+        id: RequestId(uuid::Uuid::from_u128(99)),
+        at_ms: 1,
+        by: "anna".into(),
+        command: Command::AddVolume { name: "san".into(), id, kind },
+    };
+    state.apply(&proposal);
+    let term = state.nodes[&NodeId(1)].term;
+    let away = LunPath::Redirected { why: "input/output error".into(), through: NodeId(1) };
+    let access = &mut state.luns.get_mut("san").unwrap().access;
+    access.paths.insert(NodeId(1), Reached { path: LunPath::Direct, term, since_ms: 5 });
+    access.paths.insert(NodeId(2), Reached { path: away, term, since_ms: 7 });
+    access.owner = Some(Owner { node: NodeId(1), term, epoch: Epoch(3), leaving: false });
+    let shown = volume(&state, "san", &state.volumes["san"], String::new(), None, None);
+    assert_eq!(shown.owner.map(|owner| (owner.node, owner.epoch)), Some(("n1".into(), 3)));
+    let how = |reach: &api::Reach| (reach.path, reach.through.clone(), reach.since_ms, reach.ok);
+    assert_eq!(how(&shown.reach[0]), (Some(api::PathState::Direct), None, Some(5), Some(true)));
+    assert_eq!(how(&shown.reach[1]), (Some(api::PathState::Redirected), Some("n1".into()), Some(7), Some(true)));
+    let told = |state: &ClusterState| cluster(state, from(None)).warnings.join("\n");
+    assert!(told(&state).contains("node n2 is redirected on volume san, through n1: input/output error"));
+    assert!(!told(&state).contains("has no owner"));
+    let access = &mut state.luns.get_mut("san").unwrap().access;
+    access.paths.get_mut(&NodeId(1)).unwrap().path = LunPath::Unavailable { why: "no such device".into() };
+    access.owner = None;
+    let told = told(&state);
+    for text in ["n1 does not reach volume san: no such device", "volume san has no owner"] {
+        assert!(told.contains(text), "{told}");
+    }
+}
+
+#[test]
 fn a_node_shows_what_it_has_and_what_is_promised() {
     let mut state = state();
     let id = a_vm(&mut state);

@@ -37,7 +37,10 @@ pub fn vm(state: &ClusterState, vm: &Vm) -> api::VmView {
             .collect(),
         nics: vm.spec.nics.iter().map(nic).collect(),
         priority: priority(vm.spec.priority),
-        hold: hold(vm),
+        hold: hold(vm).or_else(|| {
+            let (volume, why) = holdfast_core::explain::waits_for(state, vm)?;
+            Some(format!("waits until a path to volume {volume} is back: {why}"))
+        }),
         crashes: vm.crashes.len(),
         created_ms: vm.created_ms,
         definition: definition(vm),
