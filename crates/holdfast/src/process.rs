@@ -45,6 +45,7 @@ pub fn volume(config: Option<&Path>, channel: i32) -> ExitCode {
 
 fn run_volume(config: Option<&Path>, channel: OwnedFd) -> Result<()> {
     let config = set_up(config)?;
+    rustls::crypto::ring::default_provider().install_default().ok();
     crate::volume::serve(channel, &config.run_dir.join(crate::volume::protocol::SOCKET))
 }
 

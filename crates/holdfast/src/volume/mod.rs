@@ -9,7 +9,9 @@
 //! from the agent, and QEMU, which only waited, sends again what had no answer.
 
 mod journal;
+mod link;
 pub mod protocol;
+mod routes;
 mod slabs;
 mod sockets;
 mod supply;
@@ -26,18 +28,19 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context as _;
-use holdfast_core::Mapped;
+use anyhow::{Context as _, bail};
 use holdfast_core::lease::BootTime;
+use holdfast_core::{Mapped, NodeTerm};
 use holdfast_qemu::NBD_EXPORT as EXPORT;
-use holdfast_volume::lun::{Geometry, Superblock};
+use holdfast_volume::lun::Geometry;
 use holdfast_volume::{Export, Fence, Lun, LunDisk, Server};
 
 use uuid::Uuid;
 
 use crate::realtime::{LeasePage, boot_time};
 use journal::Journals;
-use protocol::{Call, Description, Disk, DiskId, LONGEST_LINE, ToAgent, ToServer};
+use protocol::{Call, Description, Disk, DiskId, LONGEST_LINE, Links, Routes, ToAgent, ToServer};
+use routes::{Through, Ways};
 use slabs::{News, Slabs};
 use sockets::Sockets;
 
@@ -47,6 +50,10 @@ const THREADS: usize = 4;
 const SOCKET_WITHIN: Duration = Duration::from_secs(5);
 /// How long what an earlier life of this server had on its way may take.
 const HOLD_WITHIN: Duration = Duration::from_secs(8);
+/// How often the agent hears how much goes through other nodes.
+const CARRIED_AGAIN: Duration = Duration::from_secs(1);
+/// The directory, in the run directory, of marks that links may be in use.
+const MARKS: &str = "links";
 /// How long what is under way may take when a disk is withdrawn.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(20);
 
@@ -85,6 +92,8 @@ struct Book {
     /// By their volumes' identities; only those of disks that are served, and of calls
     /// that are under way.
     luns: BTreeMap<Uuid, Arc<MaybeOpen>>,
+    /// Held while the part that this node plays for others changes, by volume.
+    parts: BTreeMap<Uuid, Arc<Mutex<()>>>,
 }
 
 /// A call for a disk.
@@ -107,9 +116,13 @@ impl Book {
     }
 
     fn begin(&mut self, disk: &Disk, serves: bool) -> u64 {
+        self.need(disk.volume_id, serves.then(|| disk.id()))
+    }
+
+    /// A call needs a LUN, to serve a disk on it if one is named.
+    fn need(&mut self, volume: Uuid, serves: Option<DiskId>) -> u64 {
         self.calls += 1;
-        let serves = serves.then(|| disk.id());
-        self.under_way.insert(self.calls, UnderWay { volume: disk.volume_id, serves });
+        self.under_way.insert(self.calls, UnderWay { volume, serves });
         self.calls
     }
 }
@@ -119,9 +132,11 @@ enum Begun {
     Serve(u64, Disk),
     /// One disk, or others than some; and what was served of them.
     Withdraw(Option<(u64, Disk)>, Withdrawal),
-    Nothing,
     Describe(Box<Description>),
     EndDescription(Uuid),
+    Links(Links),
+    /// The call's number, if the LUN is needed for others.
+    Routes(Option<u64>, Box<Routes>),
 }
 
 /// Disks that are to be withdrawn.
@@ -141,6 +156,7 @@ struct Opened {
     geometry: Geometry,
     /// What slabs are zeroed under.
     wipes: Arc<Right>,
+    through: Through,
 }
 
 struct Disks {
@@ -151,6 +167,7 @@ struct Disks {
     line: Sender<News>,
     book: Mutex<Book>,
     journals: Journals,
+    ways: Ways,
 }
 
 /// Serves until the keeper is gone or kills it.
@@ -169,15 +186,18 @@ pub fn serve(channel_to_keeper: OwnedFd, control: &Path) -> anyhow::Result<()> {
         slabs::run(&inbox, &theirs);
     })?;
     let book = Mutex::default();
-    let disks = Arc::new(Disks {
-        server,
-        sockets,
-        lease: Arc::new(lease),
-        generation,
-        line,
-        book,
-        journals: Journals::default(),
-    });
+    let lease = Arc::new(lease);
+    let marks = control.parent().unwrap_or(Path::new("/")).join(MARKS);
+    let ways = Ways::new(lease.clone(), generation, marks);
+    let disks = Arc::new(Disks { server, sockets, lease, generation, line, book, journals: Journals::default(), ways });
+    let theirs = Arc::downgrade(&disks);
+    std::thread::Builder::new().name("carried".into()).stack_size(128 << 10).spawn(move || {
+        while let Some(disks) = theirs.upgrade() {
+            disks.tell_carried();
+            drop(disks);
+            std::thread::sleep(CARRIED_AGAIN);
+        }
+    })?;
     obey(&disks, &listener)
 }
 
@@ -204,6 +224,8 @@ fn listen_to(disks: &Arc<Disks>, stream: UnixStream) -> io::Result<()> {
         }
     })?;
     let _ = disks.line.send(News::Agent(say.clone()));
+    disks.ways.agent(say.clone());
+    disks.tell_reach();
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -254,24 +276,36 @@ impl Disks {
                 let kept: BTreeSet<_> = kept.into_iter().collect();
                 Begun::Withdraw(None, book.take_out(|id| !kept.contains(id)))
             }
-            Call::Links(_) | Call::Routes(_) => Begun::Nothing,
             Call::Describe(description) => Begun::Describe(Box::new(description)),
             Call::EndDescription { volume_id, epoch } => {
                 self.journals.end(volume_id, epoch);
                 Begun::EndDescription(volume_id)
             }
+            Call::Links(links) => Begun::Links(links),
+            Call::Routes(routes) => {
+                self.ways.learn(routes.clone());
+                let number = routes.mine.or(routes.leaves).map(|_| book.need(routes.volume_id, None));
+                Begun::Routes(number, Box::new(routes))
+            }
         }
     }
 
-    fn finish(&self, begun: Begun) -> anyhow::Result<()> {
+    fn finish(self: &Arc<Disks>, begun: Begun) -> anyhow::Result<()> {
         let (number, done) = match begun {
-            // This server does no I/O for others, so none of it is ever under way.
-            Begun::Nothing => return Ok(()),
             Begun::Describe(description) => return self.journals.write(Arc::new(self.right(true)), &description),
             Begun::EndDescription(volume) => {
                 self.journals.close(volume);
                 return Ok(());
             }
+            Begun::Links(links) => {
+                let theirs = Arc::downgrade(self);
+                return self.ways.links(&links, move |hello, pipe| {
+                    if let Some(disks) = theirs.upgrade() {
+                        disks.ways.met(&disks.server, hello, pipe);
+                    }
+                });
+            }
+            Begun::Routes(number, routes) => (number, self.route(&routes)),
             Begun::Serve(number, disk) => (Some(number), self.serve(number, disk)),
             Begun::Withdraw(None, gone) => (None, self.withdraw(None, gone)),
             Begun::Withdraw(Some((number, disk)), gone) => (Some(number), self.withdraw(Some(&disk), gone)),
@@ -290,14 +324,14 @@ impl Disks {
         let served = served.values().map(|served| served.order.volume_id);
         let used: BTreeSet<Uuid> = served.chain(under_way.values().map(|call| call.volume)).collect();
         luns.retain(|volume, place| {
+            let used = used.contains(volume) || self.ways.is_mine(*volume);
             // Whoever opens it, and keeps it locked, is under way.
-            if !used.contains(volume)
-                && let Some(opened) = place.lock().unwrap_or_else(PoisonError::into_inner).take()
-            {
+            if !used && let Some(opened) = place.lock().unwrap_or_else(PoisonError::into_inner).take() {
                 opened.wipes.given.store(false, Ordering::Release);
                 let _ = self.line.send(News::Closed { volume: *volume });
+                self.ways.tell_closed(*volume);
             }
-            used.contains(volume)
+            used
         });
     }
 
@@ -305,14 +339,14 @@ impl Disks {
         let parts: Vec<_> = disk.parts.iter().flat_map(one_by_one).collect();
         let known = self.book().served.contains_key(&disk.id());
         let listener = if known { None } else { Some(self.sockets.wait(&disk.socket, SOCKET_WITHIN)?) };
-        let (lun, geometry) = self.open(&disk)?;
+        let (lun, geometry) = self.open(&disk.volume, disk.volume_id, &disk.device)?;
         let mut book = self.book();
         if book.under_way.get(&call).is_none_or(|call| call.serves.is_none()) {
-            anyhow::bail!("the disk was withdrawn meanwhile");
+            bail!("the disk was withdrawn meanwhile");
         }
         if let Some(known) = book.served.get_mut(&disk.id()) {
             if !self.server.add_parts(known.number, &parts) {
-                anyhow::bail!("the disk has other slabs here than in the cluster's state");
+                bail!("the disk has other slabs here than in the cluster's state");
             }
             if disk.may_write {
                 known.right.given.store(true, Ordering::Release);
@@ -335,27 +369,70 @@ impl Disks {
         Right { lease: self.lease.clone(), generation: self.generation, given: given.into() }
     }
 
-    /// Opens the LUN that a disk is on, unless it is open.
-    fn open(&self, disk: &Disk) -> anyhow::Result<(Lun, Geometry)> {
-        let place = self.book().luns.entry(disk.volume_id).or_default().clone();
+    /// Opens a LUN, unless it is open.
+    fn open(&self, name: &str, volume: Uuid, device: &Path) -> anyhow::Result<(Lun, Geometry)> {
+        let place = self.book().luns.entry(volume).or_default().clone();
         let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Opened { lun, geometry, .. }) = &*place {
             return Ok((lun.clone(), *geometry));
         }
-        let lun = Lun::open(&disk.device)?;
-        // What an earlier life of this server had on its way may still land.
-        if !lun.outlive_others(HOLD_WITHIN)? {
-            anyhow::bail!("I/O of an earlier volume server is still under way on {}", disk.device.display());
-        }
-        let Superblock { identity, geometry, .. } = Superblock::read(&lun)?;
-        if identity.volume != disk.volume_id {
-            anyhow::bail!("{} holds another volume, {:?}", disk.device.display(), identity.name);
-        }
-        let (volume, name) = (disk.volume_id, disk.volume.clone());
+        let (lun, geometry, through) = self.ways.open(volume, device, HOLD_WITHIN)?;
         let wipes = Arc::new(self.right(true));
-        let _ = self.line.send(News::Opened { volume, name, lun: lun.clone(), geometry, lease: wipes.clone() });
-        *place = Some(Opened { lun: lun.clone(), geometry, wipes });
+        let (ours, lease) = (lun.clone(), wipes.clone());
+        let _ = self.line.send(News::Opened { volume, name: name.into(), lun: ours, geometry, lease });
+        *place = Some(Opened { lun: lun.clone(), geometry, wipes, through });
         Ok((lun, geometry))
+    }
+
+    /// Does what the agent said last about the ways to a LUN.
+    fn route(&self, routes: &Routes) -> anyhow::Result<()> {
+        let volume = routes.volume_id;
+        let place = self.book().luns.get(&volume).cloned();
+        if let Some(place) = place
+            && let Some(Opened { lun, through, .. }) = &mut *place.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            self.ways.follow(volume, lun, through)?;
+        }
+        let part = self.book().parts.entry(volume).or_default().clone();
+        let Ok(_part) = part.try_lock() else { bail!("an earlier call for the volume's owner is under way") };
+        let routes = self.ways.known(volume).unwrap_or_else(|| routes.clone());
+        let term = NodeTerm(self.lease.term.load(Ordering::SeqCst));
+        match (routes.mine, routes.leaves) {
+            (Some(_), _) if routes.term != term => bail!("this server lives under another term of the node's"),
+            (Some(epoch), _) => {
+                let (lun, _) = self.open(&routes.volume, volume, &routes.device)?;
+                self.ways.host(volume, epoch, &lun);
+            }
+            (None, leaves) => {
+                let hosted = self.ways.host_no_more(volume);
+                // An earlier life may have: once the LUN is held here, nothing of that is
+                // under way.
+                if !hosted && leaves.is_some() {
+                    self.open(&routes.volume, volume, &routes.device)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn each_open(&self, does: impl Fn(Uuid, &mut Opened)) {
+        let luns: Vec<_> = self.book().luns.iter().map(|(volume, place)| (*volume, place.clone())).collect();
+        for (volume, place) in luns {
+            // One that is being opened will tell by itself.
+            if let Ok(mut place) = place.try_lock()
+                && let Some(opened) = &mut *place
+            {
+                does(volume, opened);
+            }
+        }
+    }
+
+    fn tell_reach(&self) {
+        self.each_open(|volume, opened| self.ways.tell(volume, &opened.lun));
+    }
+
+    fn tell_carried(&self) {
+        self.each_open(|volume, opened| self.ways.tell_carried(volume, &opened.lun, &mut opened.through));
     }
 
     fn withdraw(&self, disk: Option<&Disk>, Withdrawal { gone, before, over }: Withdrawal) -> anyhow::Result<()> {
@@ -377,9 +454,12 @@ impl Disks {
         }
         drop(over);
         if let Some(disk) = disk {
-            // An earlier life may have served it: once the LUN is held here, nothing of
-            // that is under way.
-            self.open(disk)?;
+            // An earlier life may have served it: once the LUN is held here, and its owner
+            // has answered if that was gone through, nothing of that is under way.
+            let (lun, _) = self.open(&disk.volume, disk.volume_id, &disk.device)?;
+            if !lun.wait_direct(HOLD_WITHIN) {
+                bail!("what an earlier volume server asked of the volume's owner may be under way still");
+            }
         }
         Ok(())
     }

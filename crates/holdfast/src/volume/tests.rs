@@ -3,7 +3,9 @@
 use std::fs::File;
 
 use holdfast_core::{Epoch, NodeId, NodeTerm, Tenure, VmId};
-use holdfast_volume::lun::{Identity, Store};
+use holdfast_volume::lun::{Identity, Store, Superblock};
+
+mod links;
 
 use super::protocol::Known;
 use super::*;
@@ -22,16 +24,20 @@ impl World {
         let (line, inbox) = channel();
         let theirs = line.clone();
         std::thread::spawn(move || slabs::run(&inbox, &theirs));
+        let lease = Arc::new(lease);
+        let dir = tempfile::tempdir().unwrap();
+        let ways = Ways::new(lease.clone(), 0, dir.path().join(MARKS));
         let disks = Disks {
             server: Server::start(1).unwrap(),
             sockets: Arc::default(),
-            lease: Arc::new(lease),
+            lease,
             generation: 0,
             line,
             book: Mutex::default(),
             journals: Journals::default(),
+            ways,
         };
-        World { dir: tempfile::tempdir().unwrap(), disks: Arc::new(disks) }
+        World { dir, disks: Arc::new(disks) }
     }
 
     /// A disk on a LUN of its own.
