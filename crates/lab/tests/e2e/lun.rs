@@ -31,7 +31,7 @@ fn used_lun(path: &Path) {
 
 /// The first slab of a VM's disk, as the device has it: the one that begins like a
 /// guest's disk of this size, and holds the highest record of all such.
-fn records(cluster: &Cluster, device: &Path, vm: &GuestVm) -> RecordsReport {
+pub fn records(cluster: &Cluster, device: &Path, vm: &GuestVm) -> RecordsReport {
     let lun = File::open(device).unwrap();
     let image = cluster.lab().directory().join(format!("{}.raw", vm.name));
     let mut found = Vec::new();

@@ -35,6 +35,7 @@ mod power_loss;
 mod qemu_killed;
 mod quorum;
 mod quorum_forced;
+mod redirect;
 mod room;
 mod sixteen;
 mod watchdog;
