@@ -154,6 +154,13 @@ impl Account {
                     return Err(Broken::Witness(*node));
                 }
             }
+            Action::WitnessMissing { node, seen } => {
+                let told = matches!(cause, Cause::Told { node: of } if of == node);
+                let more = state.witness.as_ref().is_some_and(|witness| *seen > witness.missing);
+                if !told || !more {
+                    return Err(Broken::Witness(*node));
+                }
+            }
             Action::OwnVolume { volume, to, after } => {
                 let over = match (self.owners.remove(volume), after) {
                     (None, None) => true,

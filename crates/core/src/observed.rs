@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::model::*;
+use crate::witness::Memory;
 
 /// Everything that the coordinator sees.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -90,6 +91,9 @@ pub struct WitnessReport {
     pub hosts_since: Option<u64>,
     /// Why it cannot use the disk; a clause that follows the node's name.
     pub trouble: Option<String>,
+    /// What it has seen on the disk, if that shows less now.
+    #[serde(default)]
+    pub missing: Option<Memory>,
 }
 
 /// What a node says of one of its QEMUs.

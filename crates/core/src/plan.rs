@@ -11,6 +11,7 @@ use crate::fencing;
 use crate::model::*;
 use crate::observed::Observed;
 use crate::state::ClusterState;
+use crate::witness::Memory;
 
 /// What the coordinator wants to commit.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -159,6 +160,13 @@ pub enum Action {
         node: NodeId,
         /// Why not.
         why: Option<String>,
+    },
+    /// A node misses on the witness's disk what it has seen there.
+    WitnessMissing {
+        /// Which.
+        node: NodeId,
+        /// What.
+        seen: Memory,
     },
     /// A node said how it reaches a volume on a LUN.
     PathIs {

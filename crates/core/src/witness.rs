@@ -302,9 +302,12 @@ impl DiskLease {
 
     /// It was agreed on that this epoch was reached: a disk that shows less is stale.
     pub fn agreed(&mut self, epoch: u64) {
-        if epoch > self.memory.epoch {
-            self.memory = Memory { epoch, counter: 0 };
-        }
+        self.seen_by_another(Memory { epoch, counter: 0 });
+    }
+
+    /// So much was seen by another node: a disk that shows less is stale.
+    pub fn seen_by_another(&mut self, seen: Memory) {
+        self.memory = self.memory.max(seen);
     }
 
     /// What is durable of the log, for the next renewal to say.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::NodeId;
+use crate::witness::Memory;
 
 /// Where the numbers of witnesses begin: far above those of nodes.
 const WITNESSES: u64 = 1 << 32;
@@ -41,6 +42,10 @@ pub struct Witness {
     /// The highest epoch on the disk that was told: a disk that shows less is stale.
     #[serde(default)]
     pub epoch: u64,
+    /// What some node has seen on the disk and misses there: nobody hosts it before it
+    /// shows that again.
+    #[serde(default)]
+    pub missing: Memory,
     /// What each node that cannot use the disk says of it.
     #[serde(default)]
     pub trouble: BTreeMap<NodeId, String>,
@@ -60,6 +65,7 @@ impl Witness {
             hosted_by: None,
             hosted_ms: 0,
             epoch: 0,
+            missing: Memory::default(),
             trouble: BTreeMap::new(),
         }
     }

@@ -28,6 +28,11 @@ impl Planner<'_> {
                 let action = Action::WitnessTrouble { node: *id, why: said.trouble.clone() };
                 self.decide(action, Cause::Told { node: *id });
             }
+            // Those that were away would take an old copy for the disk itself.
+            let known = self.state.witness.as_ref().map_or(witness.missing, |witness| witness.missing);
+            if let Some(seen) = said.missing.filter(|seen| *seen > known) {
+                self.decide(Action::WitnessMissing { node: *id, seen }, Cause::Told { node: *id });
+            }
             if let Some(epoch) = said.hosts_since.filter(|epoch| *epoch > witness.epoch) {
                 self.decide(Action::WitnessHosted { node: *id, epoch }, Cause::Told { node: *id });
             }
@@ -113,7 +118,7 @@ mod tests {
         let mut state = hosted_by(TWO);
         let mut observed = observed(ONE, &[TWO]);
         let node = &state.nodes[&ONE];
-        let said = WitnessReport { id: WITNESS, hosts_since: Some(2), trouble: None };
+        let said = WitnessReport { id: WITNESS, hosts_since: Some(2), ..WitnessReport::default() };
         let report =
             NodeReport { incarnation: node.incarnation, term: node.term, witness: Some(said), ..NodeReport::default() };
         observed.nodes.insert(ONE, NodeObserved { report: Some(report), ..NodeObserved::default() });
@@ -161,11 +166,36 @@ mod tests {
     }
 
     #[test]
+    fn what_one_node_misses_on_the_disk_is_agreed_on() {
+        let mut state = hosted_by(TWO);
+        let mut observed = observed(ONE, &[TWO]);
+        let node = &state.nodes[&TWO];
+        let seen = crate::witness::Memory { epoch: 1, counter: 9 };
+        let trouble = Some("shows less".to_owned());
+        let said = WitnessReport { id: WITNESS, hosts_since: None, trouble: trouble.clone(), missing: Some(seen) };
+        let report =
+            NodeReport { incarnation: node.incarnation, term: node.term, witness: Some(said), ..NodeReport::default() };
+        observed.nodes.insert(TWO, NodeObserved { report: Some(report), ..NodeObserved::default() });
+        let told = [
+            Action::WitnessTrouble { node: TWO, why: trouble },
+            Action::WitnessMissing { node: TWO, seen },
+            Action::SeatWitness { host: ONE },
+        ];
+        assert_eq!(actions(&state, &observed, 0), told);
+        for decision in plan(&state, &observed, 0).decisions {
+            state.decide(0, &decision);
+        }
+        assert_eq!(state.witness.as_ref().map(|witness| witness.missing), Some(seen), "so node 1 does not host it");
+        assert_eq!(actions(&state, &observed, 0), []);
+    }
+
+    #[test]
     fn what_nodes_say_is_told_once_and_a_node_that_cannot_use_the_disk_does_not_host() {
         let mut state = hosted_by(TWO);
         let mut observed = observed(ONE, &[TWO]);
         let node = &state.nodes[&TWO];
-        let said = WitnessReport { id: WITNESS, hosts_since: Some(4), trouble: Some("cannot read it".into()) };
+        let trouble = Some("cannot read it".into());
+        let said = WitnessReport { id: WITNESS, hosts_since: Some(4), trouble, missing: None };
         let report =
             NodeReport { incarnation: node.incarnation, term: node.term, witness: Some(said), ..NodeReport::default() };
         observed.nodes.insert(TWO, NodeObserved { report: Some(report), ..NodeObserved::default() });

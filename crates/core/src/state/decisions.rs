@@ -130,6 +130,11 @@ impl ClusterState {
             Action::SeatWitness { host } => self.seat_witness(at_ms, *host),
             Action::WitnessHosted { node, epoch } => self.witness_hosted(at_ms, *node, *epoch),
             Action::WitnessTrouble { node, why } => self.witness_trouble(at_ms, *node, why.as_ref()),
+            Action::WitnessMissing { seen, .. } => {
+                if let Some(witness) = &mut self.witness {
+                    witness.missing = witness.missing.max(*seen);
+                }
+            }
             Action::PathIs { volume, node, path } => self.path_is(at_ms, volume, *node, path),
             Action::LeaveVolume { volume } => self.leave_volume(at_ms, volume, cause),
             Action::OwnVolume { volume, to, after } => self.own_volume(at_ms, volume, *to, *after, cause),

@@ -217,6 +217,12 @@ fn a_disk_that_shows_less_than_before_is_not_hosted() {
     three.agreed(9);
     world.step(&mut three);
     assert!(three.stale());
+    let mut four = world.node(4, Want::Host);
+    world.step(&mut four);
+    assert!(!four.stale(), "it cannot know");
+    four.seen_by_another(two.memory());
+    world.run(&mut four, 3000);
+    assert!(four.stale() && !four.held(ms(world.now)), "before another tells it");
 }
 
 #[test]

@@ -272,7 +272,8 @@ impl Host {
         let timing = DiskTiming::of(state.settings.profile.timing());
         let longest_ms = DiskTiming::of(state.settings.longest_lease).length_ms;
         let want = witness.map_or(Want::Nothing, |witness| self.want(member, witness, standing, epoch));
-        Order { want, timing, longest_ms, epoch: witness.map_or(0, |witness| witness.epoch) }
+        let (epoch, missing) = witness.map_or_else(Default::default, |witness| (witness.epoch, witness.missing));
+        Order { want, timing, longest_ms, epoch, missing }
     }
 
     fn want(&mut self, member: &Member, witness: &Witness, standing: &Standing, epoch: Option<u64>) -> Want {
@@ -366,7 +367,8 @@ impl Host {
     fn say(&self, member: &Member, seen: &View) {
         let epoch = self.running.as_ref().map(|(epoch, _)| *epoch);
         let trouble = self.trouble.clone().or_else(|| seen.trouble.clone());
-        let said = WitnessReport { id: self.witness, hosts_since: epoch, trouble: trouble.clone() };
+        let missing = seen.stale.then_some(seen.memory);
+        let said = WitnessReport { id: self.witness, hosts_since: epoch, trouble: trouble.clone(), missing };
         locked(&member.witnesses.health).insert(self.witness, Health { epoch, trouble, last: seen.last });
         // Of two, the coordinator hears of the one that counts.
         member.reports.say(|report| {

@@ -169,7 +169,8 @@ impl World {
         let witness = agent.hosting.as_ref().map(|hosting| WitnessReport {
             id: NodeId::witness(1),
             hosts_since: hosting.hosts_since(),
-            trouble: hosting.lease_is_stale().then(|| "shows less than was seen before".into()),
+            trouble: hosting.misses().map(|_| "shows less than was seen before".into()),
+            missing: hosting.misses(),
         });
         let facts = agent.state.nodes.get(&node).map(|node| node.facts.clone()).unwrap_or_default();
         self.send(host, leader, Message::Report(node, now, Rc::new(NodeReport { facts, witness, ..report })));

@@ -2,7 +2,7 @@
 //! a time. Who that is, `core::witness` decides; this does what it says to the disk,
 //! and lets out what the witness has to say only while the lease on the disk lasts.
 
-use holdfast_core::witness::{Block, DiskLease, DiskTiming, Kept, Look, Seen, Step, Use, Want};
+use holdfast_core::witness::{Block, DiskLease, DiskTiming, Kept, Look, Memory, Seen, Step, Use, Want};
 use holdfast_core::*;
 
 use super::consensus::{Seat, Write};
@@ -35,9 +35,9 @@ pub struct Hosting {
 }
 
 impl Hosting {
-    /// Whether the disk shows less than was seen on it before.
-    pub fn lease_is_stale(&self) -> bool {
-        self.lease.stale()
+    /// What was seen on the disk before, if that shows less now.
+    pub fn misses(&self) -> Option<Memory> {
+        self.lease.stale().then(|| self.lease.memory())
     }
 
     /// The epoch under which the witness runs here, if it does.
@@ -165,7 +165,8 @@ impl World {
         let agent = &mut self.hosts[host].agent;
         let timing = DiskTiming::of(agent.state.settings.profile.timing());
         let longest_ms = DiskTiming::of(agent.state.settings.longest_lease).length_ms;
-        let agreed = agent.state.witness.as_ref().map_or(0, |witness| witness.epoch);
+        let (agreed, missing) =
+            agent.state.witness.as_ref().map_or_else(Default::default, |witness| (witness.epoch, witness.missing));
         let Some(hosting) = &mut agent.hosting else {
             return;
         };
@@ -173,6 +174,7 @@ impl World {
         hosting.lease.set_timing(timing, longest_ms);
         if !forgetful {
             hosting.lease.agreed(agreed);
+            hosting.lease.seen_by_another(missing);
         }
         let memory = hosting.lease.memory();
         self.hosts[host].memory = self.hosts[host].memory.max(memory);

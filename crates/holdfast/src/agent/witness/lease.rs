@@ -27,6 +27,8 @@ pub struct Order {
     pub longest_ms: u64,
     /// The highest epoch that was agreed on.
     pub epoch: u64,
+    /// What another node has seen on the disk and misses there.
+    pub missing: Memory,
 }
 
 /// How a witness's disk looks from here.
@@ -38,6 +40,8 @@ pub struct View {
     pub other: Option<NodeId>,
     /// Why the disk cannot be used; a clause that follows a node's name.
     pub trouble: Option<String>,
+    /// It shows less than was seen on it.
+    pub stale: bool,
     /// What was seen on it, to be remembered.
     pub memory: Memory,
     /// When it was last written or read with success.
@@ -160,6 +164,7 @@ impl Keeper {
     fn take(&mut self, order: Order) {
         self.lease.set_timing(order.timing, order.longest_ms);
         self.lease.agreed(order.epoch);
+        self.lease.seen_by_another(order.missing);
         self.lease.want(order.want);
         self.lease.keep(*locked(&self.kept));
     }
@@ -222,15 +227,15 @@ impl Keeper {
 
     fn tell(&self, trouble: Option<String>) {
         let mine = self.lease.held(boot_time()).then(|| Some((self.lease.epoch(), self.disk.clone()?))).flatten();
-        let other = self.lease.active();
+        let (other, stale) = (self.lease.active(), self.lease.stale());
         let memory = self.lease.memory();
         self.publish.send_if_modified(|view| {
             let epochs = |view: &Option<(u64, Arc<Disk>)>| view.as_ref().map(|(epoch, _)| *epoch);
             let changed = epochs(&view.mine) != epochs(&mine)
-                || (view.other, &view.trouble) != (other, &trouble)
+                || (view.other, view.stale, &view.trouble) != (other, stale, &trouble)
                 || view.memory.epoch != memory.epoch;
             let last = if trouble.is_none() { boot_time() } else { view.last };
-            *view = View { mine, other, trouble, memory, last };
+            *view = View { mine, other, trouble, stale, memory, last };
             changed
         });
     }
