@@ -111,6 +111,24 @@ fn an_owner_is_succeeded_when_its_term_is_over_and_not_before() {
 }
 
 #[test]
+fn an_owner_is_not_removed_while_its_right_lasts() {
+    let mut lab = san();
+    let remove = || Command::RemoveNode { node: NodeId(1) };
+    let why = refused(lab.ask(remove()));
+    assert!(why.contains("owns volume \"san\"") && why.contains("set-owner san"), "{why}");
+    lab.ask(Command::SetOwner { volume: "san".into(), node: NodeId(2) });
+    assert!(matches!(lab.ask(remove()), Reply::Refused(_)), "it has not left yet");
+    leaves(&mut lab, "san");
+    lab.plan();
+    assert_eq!(owner(&lab, "san"), Some((2, 2)));
+    assert_eq!(lab.ask(remove()), Reply::Done);
+    // One that is lost takes nothing along.
+    lab.lose(2);
+    lab.plan();
+    assert_eq!(lab.ask(Command::RemoveNode { node: NodeId(2) }), Reply::Done);
+}
+
+#[test]
 fn an_owner_without_a_path_leaves_first() {
     let mut lab = san();
     reaches(&mut lab, 1, SAN, away());

@@ -223,6 +223,14 @@ impl ClusterState {
                 vm.name
             )));
         }
+        // Its right would be over at once, and its lease is not: what it does for others
+        // could come after what the next owner does.
+        let owns = |lun: &Lun| lun.access.owner.is_some_and(|owner| owner.node == id && !self.is_owner_void(&owner));
+        if let Some((volume, _)) = self.luns.iter().find(|(_, lun)| owns(lun)) {
+            return Err(Refusal::Conflict(format!(
+                "node {name:?} owns volume {volume:?}: give it to another one first (`holdfast volume set-owner {volume} NODE`)"
+            )));
+        }
         if self.nodes.len() == 1 {
             return Err(Refusal::Conflict(format!("node {name:?} is the last one of the cluster")));
         }
