@@ -497,11 +497,13 @@ impl Agent {
     async fn answer(&self, member: &'static Member, ask: Ask) -> Answer {
         let by = format!("node {}", member.me);
         let (command, disk) = match ask {
-            // It was removed, and nobody has a disk there.
-            Ask::Take { volume, .. } if !self.state().luns.contains_key(&volume) => {
-                return Answer::Slabs(Taking::default());
-            }
-            Ask::Take { volume, known, most } => {
+            Ask::Take { volume_id, known, most } => {
+                let state = self.state();
+                let found = state.volumes.iter().find(|(_, volume)| volume.id == volume_id);
+                let Some(volume) = found.map(|(name, _)| name.clone()) else {
+                    // It was removed, and nobody has a disk there.
+                    return Answer::Slabs(Taking::default());
+                };
                 let term = self.0.keeper.watch().borrow().term;
                 (Command::TakeSlabs { volume, node: member.me, term, known, most }, None)
             }

@@ -339,7 +339,7 @@ impl Disks {
         let parts: Vec<_> = disk.parts.iter().flat_map(one_by_one).collect();
         let known = self.book().served.contains_key(&disk.id());
         let listener = if known { None } else { Some(self.sockets.wait(&disk.socket, SOCKET_WITHIN)?) };
-        let (lun, geometry) = self.open(&disk.volume, disk.volume_id, &disk.device)?;
+        let (lun, geometry) = self.open(disk.volume_id, &disk.device)?;
         let mut book = self.book();
         if book.under_way.get(&call).is_none_or(|call| call.serves.is_none()) {
             bail!("the disk was withdrawn meanwhile");
@@ -370,7 +370,7 @@ impl Disks {
     }
 
     /// Opens a LUN, unless it is open.
-    fn open(&self, name: &str, volume: Uuid, device: &Path) -> anyhow::Result<(Lun, Geometry)> {
+    fn open(&self, volume: Uuid, device: &Path) -> anyhow::Result<(Lun, Geometry)> {
         let place = self.book().luns.entry(volume).or_default().clone();
         let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Opened { lun, geometry, .. }) = &*place {
@@ -379,7 +379,7 @@ impl Disks {
         let (lun, geometry, through) = self.ways.open(volume, device, HOLD_WITHIN)?;
         let wipes = Arc::new(self.right(true));
         let (ours, lease) = (lun.clone(), wipes.clone());
-        let _ = self.line.send(News::Opened { volume, name: name.into(), lun: ours, geometry, lease });
+        let _ = self.line.send(News::Opened { volume, lun: ours, geometry, lease });
         *place = Some(Opened { lun: lun.clone(), geometry, wipes, through });
         Ok((lun, geometry))
     }
@@ -400,7 +400,7 @@ impl Disks {
         match (routes.mine, routes.leaves) {
             (Some(_), _) if routes.term != term => bail!("this server lives under another term of the node's"),
             (Some(epoch), _) => {
-                let (lun, _) = self.open(&routes.volume, volume, &routes.device)?;
+                let (lun, _) = self.open(volume, &routes.device)?;
                 self.ways.host(volume, epoch, &lun);
             }
             (None, leaves) => {
@@ -408,7 +408,7 @@ impl Disks {
                 // An earlier life may have: once the LUN is held here, nothing of that is
                 // under way.
                 if !hosted && leaves.is_some() {
-                    self.open(&routes.volume, volume, &routes.device)?;
+                    self.open(volume, &routes.device)?;
                 }
             }
         }
@@ -456,7 +456,7 @@ impl Disks {
         if let Some(disk) = disk {
             // An earlier life may have served it: once the LUN is held here, and its owner
             // has answered if that was gone through, nothing of that is under way.
-            let (lun, _) = self.open(&disk.volume, disk.volume_id, &disk.device)?;
+            let (lun, _) = self.open(disk.volume_id, &disk.device)?;
             if !lun.wait_direct(HOLD_WITHIN) {
                 bail!("what an earlier volume server asked of the volume's owner may be under way still");
             }

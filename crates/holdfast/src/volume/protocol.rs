@@ -243,8 +243,8 @@ pub enum ToAgent {
 pub enum Ask {
     /// Slabs to zero.
     Take {
-        /// The volume.
-        volume: String,
+        /// The volume's identity: its name may change.
+        volume_id: Uuid,
         /// Those that the server knows of: others that are the node's come first.
         known: Vec<Slabs>,
         /// How many at most.

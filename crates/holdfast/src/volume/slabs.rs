@@ -22,7 +22,7 @@ const LEASE_AGAIN: Duration = Duration::from_millis(5);
 /// What the thread hears of.
 pub enum News {
     /// A LUN was opened.
-    Opened { volume: Uuid, name: String, lun: Lun, geometry: Geometry, lease: Arc<dyn Fence> },
+    Opened { volume: Uuid, lun: Lun, geometry: Geometry, lease: Arc<dyn Fence> },
     /// It is not needed here any more.
     Closed { volume: Uuid },
     /// A writer needs slabs.
@@ -71,9 +71,9 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
     let (mut number, mut todo) = (0, Vec::new());
     while let Ok(news) = inbox.recv() {
         match news {
-            News::Opened { volume, name, lun, geometry, lease } => {
+            News::Opened { volume, lun, geometry, lease } => {
                 let wiper = start_wiper(volume, lun, geometry, lease, line.clone());
-                let supply = || Supply::new(&name, geometry.slab_bytes);
+                let supply = || Supply::new(volume, geometry.slab_bytes);
                 let pool = || Pool { supply: supply(), wiper: None };
                 pools.entry(volume).or_insert_with(pool).wiper = Some(wiper);
             }
@@ -198,7 +198,7 @@ mod tests {
         let theirs = line.clone();
         std::thread::spawn(move || run(&inbox, &theirs));
         let volume = Uuid::nil();
-        let opened = |lun| News::Opened { volume, name: "san".into(), lun, geometry, lease: gate.clone() };
+        let opened = |lun| News::Opened { volume, lun, geometry, lease: gate.clone() };
         assert!(lun.hold(Duration::ZERO).unwrap());
         line.send(News::Agent(say)).unwrap();
         line.send(opened(lun)).unwrap();

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use holdfast_core::{Mapped, Slabs, Taking};
+use uuid::Uuid;
 
 use super::protocol::{Answer, Ask, DiskId};
 
@@ -48,7 +49,7 @@ struct Writer<G> {
 /// The supply of one LUN.
 #[derive(Debug)]
 pub struct Supply<G> {
-    volume: String,
+    volume: Uuid,
     /// Slabs, each with the number of the taking that gave it.
     to_wipe: VecDeque<(u32, u64)>,
     wiping: Option<(u32, u64)>,
@@ -68,10 +69,10 @@ pub struct Supply<G> {
 
 impl<G> Supply<G> {
     /// Nothing taken yet.
-    pub fn new(volume: &str, slab_bytes: u64) -> Self {
+    pub fn new(volume: Uuid, slab_bytes: u64) -> Self {
         let slabs = |bytes: u64, most: u32| u32::try_from(bytes / slab_bytes).unwrap_or(most).clamp(1, most);
         Supply {
-            volume: volume.to_owned(),
+            volume,
             to_wipe: VecDeque::new(),
             wiping: None,
             wiped: BTreeMap::new(),
@@ -184,7 +185,7 @@ impl<G> Supply<G> {
         let most = wanted.saturating_sub(on_the_way + self.wiped.len());
         if most > 0 && self.taking.is_none() && !self.empty {
             *number += 1;
-            let ask = Ask::Take { volume: self.volume.clone(), known: self.known(), most: most as u32 };
+            let ask = Ask::Take { volume_id: self.volume, known: self.known(), most: most as u32 };
             todo.push(Todo::Ask(*number, ask.clone()));
             self.taking = Some((*number, ask));
         }
@@ -234,7 +235,7 @@ mod tests {
         fn new() -> Node {
             Node {
                 term: NodeTerm(1),
-                supply: Supply::new("san", SLAB),
+                supply: Supply::new(Uuid::from_u128(9), SLAB),
                 number: 0,
                 asked: Vec::new(),
                 answers: Vec::new(),
@@ -246,7 +247,7 @@ mod tests {
         /// still, and its answer goes nowhere.
         fn restart(&mut self) {
             // A process that is gone wipes nothing any more.
-            (self.supply, self.wiping) = (Supply::new("san", SLAB), Vec::new());
+            (self.supply, self.wiping) = (Supply::new(Uuid::from_u128(9), SLAB), Vec::new());
             self.answers.clear();
             self.asked.iter_mut().for_each(|(id, ..)| *id = u64::MAX);
         }
