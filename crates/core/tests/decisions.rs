@@ -394,6 +394,17 @@ fn only_who_may_run_a_vm_maps_its_slabs_and_a_lost_node_s_are_free() {
     let revision = lab.state.revision;
     assert_eq!(lab.ask(take(&before)), taking(1, 0, 2));
     assert_eq!(lab.ask(map(&before, 5, 0)), Reply::Mapped(vec![(5, 0, 1).into()]));
+    let unmap = |tenure: &Tenure, number: u64| Command::UnmapSlabs {
+        vm: WEB,
+        disk: 0,
+        tenure: *tenure,
+        number,
+        parts: vec![(4, 1), (6, 1)],
+    };
+    assert_eq!(lab.ask(unmap(&before, 0)), Reply::Unmapped(Unmapped { number: 1, left: false }));
+    assert_eq!(lab.ask(Command::VoidUnmaps { node: before.node }), Reply::Done);
+    assert_eq!(lab.ask(unmap(&before, 1)), Reply::Unmapped(Unmapped { number: 2, left: false }), "void by now");
+    assert_eq!(lab.state.luns["san"].files[&file].unmaps, 2);
     assert_eq!(lab.state.revision, revision, "no decision stands on it");
 
     lab.lose(before.node.0);
@@ -402,6 +413,7 @@ fn only_who_may_run_a_vm_maps_its_slabs_and_a_lost_node_s_are_free() {
     assert_ne!(after.node, before.node);
     assert!(matches!(lab.ask(take(&before)), Reply::Refused(Refusal::Conflict(_))));
     assert!(matches!(lab.ask(map(&before, 6, 1)), Reply::Refused(Refusal::Conflict(_))));
+    assert!(matches!(lab.ask(unmap(&before, 2)), Reply::Refused(Refusal::Conflict(_))));
     assert_eq!(lab.ask(take(&after)), taking(2, 1, 2), "the lost node's slab is free again");
     assert_eq!(lab.ask(map(&after, 5, 1)), Reply::Mapped(vec![(5, 0, 1).into()]), "what is there stays");
     assert_eq!(lab.state.luns["san"].files[&file].slabs(), 1);

@@ -120,7 +120,10 @@ fn slabs_in_the_log_and_in_a_snapshot() {
     assert_eq!(lab.ask(take.clone()), Reply::Slabs(Taking { number: 1, slabs: vec![(0, 4).into()] }));
     let map = Command::MapSlabs { vm: WEB, disk: 0, tenure, wanted: vec![(7, 1, 2).into()], takings: vec![1] };
     assert_eq!(lab.ask(map.clone()), Reply::Mapped(vec![(7, 1, 2).into()]));
-    golden("slabs.json", &(take, map, lab.state.luns));
+    let unmap = Command::UnmapSlabs { vm: WEB, disk: 0, tenure, number: 0, parts: vec![(8, 2)] };
+    assert_eq!(lab.ask(unmap.clone()), Reply::Unmapped(Unmapped { number: 1, left: false }));
+    let void = Command::VoidUnmaps { node };
+    golden("slabs.json", &(take, map, unmap, void, lab.state.luns));
 }
 
 #[test]

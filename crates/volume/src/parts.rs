@@ -193,24 +193,27 @@ impl Parts {
         }
     }
 
-    /// Learns of parts that have got their slabs elsewhere; `false` if one cannot be, or
-    /// is known to be somewhere else.
-    pub(crate) fn add(&self, slabs: &[(u32, u32)]) -> bool {
+    /// Learns where parts are after another node has written to the disk. `false`, and
+    /// nothing is changed, if a part or slab cannot be, or somebody here asked for one.
+    pub(crate) fn learn(&self, slabs: &[(u32, u32)]) -> bool {
         let mut asking = self.asking();
         let words = self.words();
-        let mut all = true;
+        let mut known = vec![ABSENT; words.len()];
         for (part, slab) in slabs {
-            let word = words.get(*part as usize).filter(|_| *slab < self.geometry.slabs);
-            let added = word.and_then(|word| {
-                let known = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-                    matches!(word & STATE, ABSENT | ASKED).then_some(PRESENT | u64::from(*slab))
-                });
-                known.map_or_else(|word| (word & STATE == PRESENT && word as u32 == *slab).then_some(()), |_| Some(()))
-            });
-            all &= added.is_some();
+            match known.get_mut(*part as usize) {
+                Some(word) if *slab < self.geometry.slabs => *word = PRESENT | u64::from(*slab),
+                _ => return false,
+            }
+        }
+        if words.iter().any(|word| matches!(word.load(Ordering::Acquire) & STATE, ASKED | LEAVING)) {
+            return false;
+        }
+        for (word, known) in words.iter().zip(known) {
+            // Reads of what was there before end in their own time.
+            let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(word & UNDER_WAY | known));
         }
         wake(&mut asking);
-        all
+        true
     }
 
     /// The part that a byte is in, and how many bytes of it are from there on.

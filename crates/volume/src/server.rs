@@ -124,14 +124,15 @@ impl Server {
         export.ok_or(io::ErrorKind::NotFound)?.grow(bytes)
     }
 
-    /// Tells a disk on a LUN of parts (the first number) that another node has mapped to
-    /// slabs (the second) since it was opened here, as happens before a VM arrives.
-    /// What [`Grant::give`](crate::Grant::give) asks of slabs holds for these too. When
-    /// it returns they are there. `false`: there is no such disk or part, or it is
-    /// known to have another slab.
-    pub fn add_parts(&self, id: u64, parts: &[(u32, u32)]) -> bool {
+    /// Tells a disk on a LUN that has not been written to here which of its parts (the
+    /// first number) are in which slabs (the second) by now, and that all others are
+    /// nowhere: another node has written to it since it was opened here, as happens
+    /// before a VM arrives. What [`Grant::give`](crate::Grant::give) asks of slabs holds
+    /// for these too. `false`, and nothing is changed: there is no such disk, part or
+    /// slab, or it is being written to.
+    pub fn learn_parts(&self, id: u64, parts: &[(u32, u32)]) -> bool {
         let export = self.served().get(&id).map(|(_, export)| export.clone());
-        export.is_some_and(|export| export.parts().is_some_and(|known| known.add(parts)))
+        export.is_some_and(|export| export.parts().is_some_and(|known| known.learn(parts)))
     }
 
     /// What a disk has done, and what it waits for; `None` if it is not served.

@@ -322,7 +322,7 @@ fn a_disk_is_withdrawn_in_the_middle_of_a_request() {
         let ((asked, question), (tell, go)) = (channel(), channel());
         let once = Once { used: false.into(), asked: Mutex::new(asked), go: Mutex::new(go) };
         let disk = ByHand::behind(Arc::new(once));
-        assert!(disk.server.add_parts(1, &[(8, 1)]));
+        assert!(disk.server.learn_parts(1, &[(8, 1)]));
         let mut client = disk.client();
         client.ask(kind, 1, at, length, &vec![1; if kind == WRITE { length as usize } else { 0 }]);
         question.recv().unwrap();
@@ -375,10 +375,16 @@ fn a_disk_grows_and_learns_of_parts_while_it_is_served() {
     disk.server.resize(1, 11 * SLAB).unwrap();
     assert!(disk.server.resize(1, 10 * SLAB).is_err() && disk.server.resize(2, 11 * SLAB).is_err());
     assert_eq!(client.read(10 * SLAB, 512), [0; 512]);
-    assert!(disk.server.add_parts(1, &[(10, 3), (9, 0)]));
-    assert!(!disk.server.add_parts(1, &[(10, 4)]), "it is somewhere else");
-    assert!(!disk.server.add_parts(1, &[(11, 4)]) && !disk.server.add_parts(1, &[(1, 99)]), "outside");
+    assert!(disk.server.learn_parts(1, &[(10, 3), (9, 0)]));
+    assert!(!disk.server.learn_parts(1, &[(11, 4)]) && !disk.server.learn_parts(1, &[(1, 99)]), "outside");
     client.write(10 * SLAB, &[5; 512]);
+    client.write(9 * SLAB, &[6; 512]);
+    // One was given back elsewhere, the other one, too, and is somewhere else now.
+    assert!(disk.server.learn_parts(1, &[(10, 0)]));
+    assert_eq!(client.read(10 * SLAB, 512), [6; 512]);
+    assert_eq!(client.read(9 * SLAB, 512), [0; 512]);
+    assert!(disk.server.learn_parts(1, &[(10, 3)]));
+    assert_eq!(client.read(10 * SLAB, 512), [5; 512]);
     let mut stream = UnixStream::connect(disk.dir.path().join("socket")).unwrap();
     assert_eq!(Client::shake_hands(&mut stream), 11 * SLAB);
 }

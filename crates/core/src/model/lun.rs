@@ -52,6 +52,23 @@ pub struct LunFile {
     /// Where its parts are, ordered by part and joined where they can be. What is
     /// absent reads as zero.
     pub parts: Vec<Mapped>,
+    /// How often it has given parts back: what was asked for before the last time, and
+    /// is decided late, takes nothing from it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unmaps: u64,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
+/// What became of parts that were to have no slab any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unmapped {
+    /// How often the file has given parts back: the next time names this number.
+    pub number: u64,
+    /// Some of them have slabs still: another number was named.
+    pub left: bool,
 }
 
 /// Slabs that a node has taken to zero them.
@@ -248,6 +265,32 @@ impl Lun {
         found
     }
 
+    /// Parts of a file (the first, and how many) have no slabs any more, if `number` says
+    /// how often it has given parts back so far.
+    pub fn unmap(&mut self, file: &str, number: u64, parts: &[(u32, u32)]) -> Unmapped {
+        let end = self.files.get(file).map_or(0, |file| self.parts(file.bytes));
+        let Some(file) = self.files.get_mut(file) else { return Unmapped { number, left: false } };
+        let asked = || parts.iter().flat_map(|(first, count)| *first..first.saturating_add(*count).min(end));
+        let mut gone = Vec::new();
+        if number == file.unmaps {
+            file.unmaps += 1;
+            gone.extend(asked().filter_map(|part| Some(Slabs { first: file.cut(part)?, count: 1 })));
+        }
+        let left = asked().any(|part| file.slab(part).is_some());
+        let number = file.unmaps;
+        if !gone.is_empty() {
+            self.changed(gone);
+        }
+        Unmapped { number, left }
+    }
+
+    /// What was asked to be unmapped before now, and is decided later, is not.
+    pub fn void_unmaps(&mut self, file: &str) {
+        if let Some(file) = self.files.get_mut(file) {
+            file.unmaps += 1;
+        }
+    }
+
     /// A new file, nothing of it there; one that was there and had no VM is the VM's.
     pub fn make_file(&mut self, name: &str, vm: VmId, bytes: u64) {
         let file = self.files.entry(name.to_owned()).or_insert_with(|| LunFile::new(vm, bytes));
@@ -307,7 +350,7 @@ impl Taken {
 impl LunFile {
     /// Nothing of it is there yet.
     pub fn new(vm: VmId, bytes: u64) -> Self {
-        LunFile { vm: Some(vm), bytes, parts: Vec::new() }
+        LunFile { vm: Some(vm), bytes, parts: Vec::new(), unmaps: 0 }
     }
 
     /// How many slabs it has.
@@ -319,6 +362,18 @@ impl LunFile {
     pub fn slab(&self, part: u32) -> Option<u32> {
         let run = self.parts[..self.parts.partition_point(|run| run.part <= part)].last()?;
         (part - run.part < run.count).then(|| run.slab + (part - run.part))
+    }
+
+    /// A part has no slab any more; says which it had.
+    pub fn cut(&mut self, part: u32) -> Option<u32> {
+        let at = self.parts.partition_point(|run| run.part <= part).checked_sub(1)?;
+        let run = self.parts[at];
+        let before = part - run.part;
+        let after = run.count.checked_sub(before + 1)?;
+        let slab = run.slab + before;
+        let rest = [Mapped { count: before, ..run }, Mapped { part: part + 1, slab: slab + 1, count: after }];
+        self.parts.splice(at..=at, rest.into_iter().filter(|run| run.count > 0));
+        Some(slab)
     }
 
     /// A part that had no slab has one; one that has one keeps it.
@@ -556,6 +611,8 @@ mod tests {
         Map(bool, u64, u64, Mapped, Option<u64>),
         GiveBack(u64),
         Drop(bool),
+        /// By the number that the file has, or by none that it has.
+        Unmap(bool, bool, u32, u32),
         /// The journal is written, and that is heard of or not.
         Describe(bool),
     }
@@ -570,6 +627,8 @@ mod tests {
                 .prop_map(|(web, node, term, run, taking)| Step::Map(web, node, term, run, taking)),
             node.prop_map(Step::GiveBack),
             any::<bool>().prop_map(Step::Drop),
+            (any::<bool>(), any::<bool>(), 0..9u32, 1..5u32)
+                .prop_map(|(web, known, part, count)| Step::Unmap(web, known, part, count)),
             any::<bool>().prop_map(Step::Describe),
         ]
     }
@@ -611,6 +670,15 @@ mod tests {
                         let again = VmId(uuid::Uuid::from_u128(100 + number as u128));
                         lun.make_file(name, again, bytes);
                     }
+                    Step::Unmap(web, known, part, count) => {
+                        let name = if web { "web" } else { "db" };
+                        let (file, number) = (lun.files[name].clone(), lun.files[name].unmaps + u64::from(!known));
+                        let unmapped = lun.unmap(name, number, &[(part, count)]);
+                        let slabs = |file: &LunFile| (part..part + count).filter_map(|part| file.slab(part)).count();
+                        prop_assert_eq!(slabs(&lun.files[name]), if known { 0 } else { slabs(&file) });
+                        prop_assert_eq!(unmapped.left, slabs(&lun.files[name]) > 0);
+                        prop_assert_eq!(lun.files[name].slabs() as usize + slabs(&file), file.slabs() as usize + slabs(&lun.files[name]));
+                    }
                     Step::Describe(heard) => {
                         journal = lun.files.clone();
                         if heard {
@@ -618,7 +686,13 @@ mod tests {
                         }
                     }
                 }
-                prop_assert!(before.1 < lun.revision || before.0 == lun.files, "a change has a revision");
+                let parts = |files: &BTreeMap<String, LunFile>| {
+                    files.iter().map(|(name, file)| (name.clone(), file.parts.clone())).collect::<Vec<_>>()
+                };
+                prop_assert!(
+                    before.1 < lun.revision || parts(&before.0) == parts(&lun.files),
+                    "a change has a revision"
+                );
                 undisputed(&lun, &journal);
                 account(&lun);
                 let stored = serde_json::to_string(&lun).unwrap();

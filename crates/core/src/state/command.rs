@@ -230,6 +230,27 @@ pub enum Command {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         takings: Vec<u64>,
     },
+    /// Whoever may run a VM gives slabs of a disk back: the guest does not need what is in
+    /// these parts, and no I/O to them is under way nor begins before this is decided.
+    /// Answered by [`Reply::Unmapped`].
+    UnmapSlabs {
+        /// The VM.
+        vm: VmId,
+        /// Which of its disks.
+        disk: u32,
+        /// The right under which it writes.
+        tenure: Tenure,
+        /// How often the disk has given parts back: with another number nothing is done.
+        number: u64,
+        /// Which parts: the first, and how many.
+        parts: Vec<(u32, u32)>,
+    },
+    /// A volume server of a node begins to serve disks: what an earlier life of it had
+    /// asked to be unmapped, and was not decided yet, is void.
+    VoidUnmaps {
+        /// The node.
+        node: NodeId,
+    },
     /// The node that is to keep a LUN's journal begins to write it.
     ClaimJournal {
         /// The volume.
@@ -332,8 +353,9 @@ impl Command {
     /// Whether it changes only who has which slab and what is written about it. Nothing
     /// that the coordinator decides stands on that, and doing it twice does no harm.
     pub fn is_bookkeeping(&self) -> bool {
-        use Command::{ClaimJournal, JournalWritten, MapSlabs, TakeSlabs};
-        matches!(self, TakeSlabs { .. } | MapSlabs { .. } | ClaimJournal { .. } | JournalWritten { .. })
+        use Command::{ClaimJournal, JournalWritten, MapSlabs, TakeSlabs, UnmapSlabs, VoidUnmaps};
+        let slabs = matches!(self, TakeSlabs { .. } | MapSlabs { .. } | UnmapSlabs { .. } | VoidUnmaps { .. });
+        slabs || matches!(self, ClaimJournal { .. } | JournalWritten { .. })
     }
 }
 
@@ -382,6 +404,8 @@ pub enum Reply {
     /// Applied; the parts that were asked for are here now, those that are missing
     /// nowhere.
     Mapped(Vec<Mapped>),
+    /// Applied, or not: this says so.
+    Unmapped(Unmapped),
     /// Refused; nothing changed.
     Refused(Refusal),
 }

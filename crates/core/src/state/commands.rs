@@ -130,6 +130,10 @@ impl ClusterState {
             Command::MapSlabs { vm, disk, tenure, wanted, takings } => {
                 self.map_slabs(vm, disk, &tenure, &wanted, &takings)
             }
+            Command::UnmapSlabs { vm, disk, tenure, number, parts } => {
+                self.unmap_slabs(vm, disk, &tenure, number, &parts)
+            }
+            Command::VoidUnmaps { node } => Ok(self.void_unmaps(node)),
             Command::ClaimJournal { volume, writer } => self.claim_journal(&volume, writer),
             Command::JournalWritten { volume, writer, outcome, repaired, ends } => {
                 self.journal_written(at_ms, &volume, writer, outcome, repaired, ends)

@@ -47,6 +47,34 @@ impl ClusterState {
         wanted: &[Mapped],
         takings: &[u64],
     ) -> Executed {
+        let (lun, file) = self.writable(id, disk, tenure)?;
+        Ok(Reply::Mapped(lun.map(&file, tenure.node, tenure.term, wanted, takings)))
+    }
+
+    pub(super) fn unmap_slabs(
+        &mut self,
+        id: VmId,
+        disk: u32,
+        tenure: &Tenure,
+        number: u64,
+        parts: &[(u32, u32)],
+    ) -> Executed {
+        let (lun, file) = self.writable(id, disk, tenure)?;
+        Ok(Reply::Unmapped(lun.unmap(&file, number, parts)))
+    }
+
+    pub(super) fn void_unmaps(&mut self, node: NodeId) -> Reply {
+        let theirs = self.vms.values().filter(|vm| vm.tenures().any(|right| right.node == node));
+        for disk in theirs.flat_map(|vm| &vm.spec.disks) {
+            if let Some(lun) = self.luns.get_mut(&disk.volume) {
+                lun.void_unmaps(&disk.file);
+            }
+        }
+        Reply::Done
+    }
+
+    /// The file of a disk, for whoever has a right to the VM.
+    fn writable(&mut self, id: VmId, disk: u32, tenure: &Tenure) -> Result<(&mut Lun, String), Refusal> {
         let vm = self.vms.get(&id).ok_or_else(|| Refusal::unknown("VM", id))?;
         if self.is_void(tenure) || !vm.tenures().any(|right| right == tenure) {
             return Err(Refusal::Conflict(format!(
@@ -58,7 +86,7 @@ impl ClusterState {
         }
         let disk = vm.spec.disks.get(disk as usize).ok_or_else(|| Refusal::unknown("disk", disk))?;
         let lun = self.luns.get_mut(&disk.volume).ok_or_else(|| Refusal::unknown("volume", &disk.volume))?;
-        Ok(Reply::Mapped(lun.map(&disk.file, tenure.node, tenure.term, wanted, takings)))
+        Ok((lun, disk.file.clone()))
     }
 
     /// Whether its disks can be on LUNs where they are to be.

@@ -37,6 +37,10 @@ const APPLIED_WITHIN: Duration = Duration::from_secs(1);
 /// What is to be served here, and the line to who serves it.
 pub struct Serving {
     wanted: Mutex<BTreeMap<DiskId, Disk>>,
+    /// How many connections to volume servers there were, and the one whose answers
+    /// change where wanted disks' parts are. Looked at while `wanted` is locked.
+    connections: AtomicU64,
+    current: AtomicU64,
     line: watch::Sender<Option<Arc<Line>>>,
     /// Where LUNs were found on this node, by their volumes.
     devices: Mutex<BTreeMap<Uuid, PathBuf>>,
@@ -47,7 +51,8 @@ pub struct Serving {
 impl Default for Serving {
     fn default() -> Self {
         let (wanted, devices, paths) = (Mutex::default(), Mutex::default(), Paths::default());
-        Serving { wanted, line: watch::Sender::new(None), devices, paths }
+        let (connections, current) = Default::default();
+        Serving { wanted, connections, current, line: watch::Sender::new(None), devices, paths }
     }
 }
 
@@ -74,6 +79,9 @@ impl Serving {
 
 /// One connection to one life of the volume server.
 pub(super) struct Line {
+    number: u64,
+    /// What was agreed on before it began is known here: its questions can be answered.
+    adopted: watch::Sender<bool>,
     writer: tokio::sync::Mutex<OwnedWriteHalf>,
     calls: Mutex<HashMap<u64, oneshot::Sender<Result<(), String>>>>,
     next: AtomicU64,
@@ -169,12 +177,19 @@ impl Agent {
         let stream = UnixStream::connect(self.volume_socket()).await?;
         let (reader, writer) = stream.into_split();
         let line = Arc::new(Line {
+            number: member.serving.connections.fetch_add(1, Ordering::Relaxed) + 1,
+            adopted: watch::Sender::new(false),
             writer: tokio::sync::Mutex::new(writer),
             calls: Mutex::default(),
             next: AtomicU64::new(1),
         });
         let told = async {
-            let state = self.agreed_so_far(member).await;
+            let mut state = self.agreed_so_far(member).await;
+            if has_lun_disks(&state, member.me) {
+                // A guest may have written since to what an earlier life was giving back.
+                self.void_unmaps(member).await;
+                state = self.agreed_so_far(member).await;
+            }
             let ways = self.tell_ways(member, &line, &state).await?;
             let disks = async {
                 let mut left = self.tell_everything(member, &line, &state).await?;
@@ -201,7 +216,7 @@ impl Agent {
         line: &Line,
         state: &ClusterState,
     ) -> anyhow::Result<Vec<DiskId>> {
-        self.adopt(member, state);
+        self.adopt(member, state, line);
         // A right that is over is never given again: QEMU is dead, its disks are only
         // still to be withdrawn.
         let lasts = |disk: &Disk| {
@@ -242,8 +257,18 @@ impl Agent {
         }
     }
 
+    /// Sees to it that nothing is given back any more that this node's volume server has
+    /// asked for by now.
+    async fn void_unmaps(&self, member: &'static Member) {
+        let by = format!("node {}", member.me);
+        while let Err(error) = self.execute(&by, Command::VoidUnmaps { node: member.me }).await {
+            tracing::debug!(%error, "no disk is served yet");
+            sleep(ASK_AGAIN).await;
+        }
+    }
+
     /// What QEMUs that live have open is wanted, even if this agent did not start them.
-    fn adopt(&self, member: &'static Member, state: &ClusterState) {
+    fn adopt(&self, member: &'static Member, state: &ClusterState, line: &Line) {
         let view = self.0.keeper.watch().borrow().clone();
         for vm in state.vms.values() {
             let Some(tenure) = vm.tenure_of(member.me) else { continue };
@@ -257,9 +282,12 @@ impl Agent {
                 }
             }
         }
-        for disk in member.serving.wanted().values_mut() {
-            join(&mut disk.parts, &parts_of(state, disk.vm, disk.disk));
+        let mut wanted = member.serving.wanted();
+        for disk in wanted.values_mut() {
+            disk.parts = parts_of(state, disk.vm, disk.disk);
         }
+        member.serving.current.store(line.number, Ordering::Relaxed);
+        line.adopted.send_replace(true);
     }
 
     fn disk_to_serve(
@@ -292,8 +320,8 @@ impl Agent {
     /// Has the VM's disks on LUNs served for a QEMU that is to be started under a right,
     /// and returns when they are.
     ///
-    /// The state that gave the right holds everything that was mapped under earlier
-    /// ones; what is mapped under this one is added here as it happens.
+    /// The state that gave the right holds everything that was mapped and unmapped under
+    /// earlier ones; what happens under this one is followed here.
     pub(super) async fn serve_disks(
         &self,
         member: &'static Member,
@@ -354,8 +382,10 @@ impl Agent {
         let disk = {
             let mut wanted = member.serving.wanted();
             let known = wanted.entry(disk.id()).or_insert_with(|| disk.clone());
-            join(&mut known.parts, &disk.parts);
-            known.may_write |= disk.may_write;
+            // Once it is written to, its parts are followed here.
+            if !known.may_write {
+                *known = disk;
+            }
             known.clone()
         };
         line.call(Call::Serve(disk), SERVE_WITHIN).await
@@ -374,8 +404,8 @@ impl Agent {
         there.clone().context("the volume server of this node does not run")
     }
 
-    /// A migration's target: from now on the guest may write here, and the disks have
-    /// what the source has mapped.
+    /// A migration's target: from now on the guest may write here, and the disks' parts
+    /// are where the source had them.
     pub(super) async fn admit_writes(
         &self,
         member: &'static Member,
@@ -387,8 +417,10 @@ impl Agent {
             let mut wanted = member.serving.wanted();
             let ours = wanted.values_mut().filter(|disk| disk.vm == vm && disk.tenure.epoch == epoch);
             ours.map(|disk| {
-                join(&mut disk.parts, parts.get(&disk.disk).map_or(&[], Vec::as_slice));
-                disk.may_write = true;
+                if !disk.may_write {
+                    disk.parts = parts.get(&disk.disk).cloned().unwrap_or_default();
+                    disk.may_write = true;
+                }
                 disk.clone()
             })
             .collect()
@@ -480,7 +512,7 @@ impl Agent {
                 ToAgent::Ask { id, ask } => {
                     let (agent, line) = (self.clone(), line.clone());
                     tokio::spawn(async move {
-                        let answer = agent.answer(member, ask).await;
+                        let answer = agent.answer(member, &line, ask).await;
                         // One that does not arrive is asked for again by whoever needs it.
                         let _ = line.say(&ToServer::Answer { id, answer }).await;
                     });
@@ -494,8 +526,13 @@ impl Agent {
         self.state().luns.get(volume).is_some_and(|lun| lun.freed_slabs() > 0)
     }
 
-    async fn answer(&self, member: &'static Member, ask: Ask) -> Answer {
+    async fn answer(&self, member: &'static Member, line: &Line, ask: Ask) -> Answer {
         let by = format!("node {}", member.me);
+        let _ = line.adopted.subscribe().wait_for(|adopted| *adopted).await;
+        let unmapped = match &ask {
+            Ask::Unmap { parts, .. } => parts.clone(),
+            _ => Vec::new(),
+        };
         let (command, disk) = match ask {
             Ask::Take { volume_id, known, most } => {
                 let state = self.state();
@@ -508,9 +545,12 @@ impl Agent {
                 (Command::TakeSlabs { volume, node: member.me, term, known, most }, None)
             }
             Ask::Map { disk, wanted, takings } => {
-                let tenure = member.serving.wanted().get(&disk).map(|disk| disk.tenure);
-                let Some(tenure) = tenure else { return Answer::Unknown };
+                let Some(tenure) = self.tenure_to_write(member, disk).await else { return Answer::Unknown };
                 (Command::MapSlabs { vm: disk.vm, disk: disk.disk, tenure, wanted, takings }, Some(disk))
+            }
+            Ask::Unmap { disk, number, parts } => {
+                let Some(tenure) = self.tenure_to_write(member, disk).await else { return Answer::Unknown };
+                (Command::UnmapSlabs { vm: disk.vm, disk: disk.disk, tenure, number, parts }, Some(disk))
             }
         };
         let volume = match &command {
@@ -527,18 +567,52 @@ impl Agent {
             Ok(Reply::Mapped(found)) => {
                 // Before the volume server hears of it: a guest that writes there may be
                 // handed over the next moment.
-                if let Some(id) = disk
-                    && let Some(disk) = member.serving.wanted().get_mut(&id)
-                {
-                    disk.parts.extend(&found);
-                }
+                self.follow(member, line, disk, |file| {
+                    let one_by_one = found.iter().flat_map(|run| (0..run.count).map(|n| (run.part + n, run.slab + n)));
+                    one_by_one.for_each(|(part, slab)| file.put(part, slab));
+                });
                 Answer::Mapped(found)
+            }
+            Ok(Reply::Unmapped(done)) => {
+                if !done.left {
+                    self.follow(member, line, disk, |file| {
+                        let parts = unmapped.iter().flat_map(|(first, count)| *first..first.saturating_add(*count));
+                        for part in parts {
+                            file.cut(part);
+                        }
+                    });
+                }
+                Answer::Unmapped(done)
             }
             outcome => {
                 tracing::debug!(?outcome, "a question of the volume server");
                 sleep(ASK_AGAIN).await;
                 Answer::Unknown
             }
+        }
+    }
+
+    /// The right under which a disk is served; without one nothing is to be asked for it
+    /// right now.
+    async fn tenure_to_write(&self, member: &'static Member, disk: DiskId) -> Option<Tenure> {
+        let tenure = member.serving.wanted().get(&disk).map(|disk| disk.tenure);
+        if tenure.is_none() {
+            sleep(ASK_AGAIN).await;
+        }
+        tenure
+    }
+
+    /// Where a disk's parts are has changed, by an answer to the volume server's question.
+    /// That of an earlier connection says nothing new: the state was read since.
+    fn follow(&self, member: &'static Member, line: &Line, disk: Option<DiskId>, change: impl FnOnce(&mut LunFile)) {
+        let mut wanted = member.serving.wanted();
+        if member.serving.current.load(Ordering::Relaxed) == line.number
+            && let Some(disk) = disk.and_then(|id| wanted.get_mut(&id))
+        {
+            let mut file = LunFile::new(disk.vm, disk.bytes);
+            file.parts = std::mem::take(&mut disk.parts);
+            change(&mut file);
+            disk.parts = file.parts;
         }
     }
 }
@@ -553,6 +627,12 @@ fn lun_disks<'a>(state: &ClusterState, vm: &'a Vm) -> Vec<(u32, &'a DiskSpec)> {
     (0..).zip(&vm.spec.disks).filter(|(_, disk)| state.luns.contains_key(&disk.volume)).collect()
 }
 
+/// Whether a VM with a right to run on a node has disks on LUNs.
+fn has_lun_disks(state: &ClusterState, node: NodeId) -> bool {
+    let here = |vm: &&Vm| vm.tenures().any(|right| right.node == node && !state.is_void(right));
+    state.vms.values().filter(here).any(|vm| !lun_disks(state, vm).is_empty())
+}
+
 fn parts_of(state: &ClusterState, vm: VmId, disk: u32) -> Vec<Mapped> {
     let file = || {
         let disk = state.vms.get(&vm)?.spec.disks.get(disk as usize)?;
@@ -561,32 +641,16 @@ fn parts_of(state: &ClusterState, vm: VmId, disk: u32) -> Vec<Mapped> {
     file().map_or_else(Vec::new, |file| file.parts.clone())
 }
 
-/// Adds what is known of a disk's parts from elsewhere, each once.
-fn join(parts: &mut Vec<Mapped>, more: &[Mapped]) {
-    let mut disk = LunFile::new(VmId::default(), 0);
-    for run in parts.iter().chain(more) {
-        for step in 0..run.count {
-            disk.put(run.part + step, run.slab + step);
-        }
-    }
-    *parts = disk.parts;
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn parts_that_are_known_twice_are_there_once() {
-        let mut parts = vec![(0, 7, 2).into(), (9, 1, 1).into()];
-        join(&mut parts, &[(1, 8, 2).into(), (3, 10, 1).into()]);
-        assert_eq!(parts, [(0, 7, 4).into(), (9, 1, 1).into()]);
-    }
 
     #[tokio::test]
     async fn only_an_answer_says_that_a_call_did_nothing() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let line = Line {
+            number: 1,
+            adopted: watch::Sender::new(true),
             writer: tokio::sync::Mutex::new(ours.into_split().1),
             calls: Mutex::default(),
             next: AtomicU64::new(1),

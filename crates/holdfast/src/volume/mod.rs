@@ -11,6 +11,7 @@
 mod journal;
 mod link;
 pub mod protocol;
+mod returns;
 mod routes;
 mod slabs;
 mod sockets;
@@ -345,11 +346,11 @@ impl Disks {
             bail!("the disk was withdrawn meanwhile");
         }
         if let Some(known) = book.served.get_mut(&disk.id()) {
-            if !self.server.add_parts(known.number, &parts) {
-                bail!("the disk has other slabs here than in the cluster's state");
-            }
-            if disk.may_write {
-                known.right.given.store(true, Ordering::Release);
+            if !known.right.given.load(Ordering::Acquire) {
+                if !self.server.learn_parts(known.number, &parts) {
+                    bail!("the disk cannot have the slabs that it has in the cluster's state");
+                }
+                known.right.given.store(disk.may_write, Ordering::Release);
             }
             return Ok(());
         }
@@ -443,6 +444,7 @@ impl Disks {
             if !self.server.withdraw(served.number, WITHDRAW_WITHIN) {
                 stuck.push(served.order.id());
             }
+            let _ = self.line.send(News::Gone { volume: served.order.volume_id, disk: served.order.id() });
         }
         if !stuck.is_empty() {
             // The next life waits for it before it does anything.

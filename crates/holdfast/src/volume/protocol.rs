@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use holdfast_core::{LunPath, Mapped, NodeId, NodeTerm, Slabs, Taking, Tenure, VmId};
+use holdfast_core::{LunPath, Mapped, NodeId, NodeTerm, Slabs, Taking, Tenure, Unmapped, VmId};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -130,8 +130,9 @@ pub enum ToServer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Call {
-    /// Serve a disk; one that is served already gets what it has more: parts, and the
-    /// right to write.
+    /// Serve a disk. One that is served already and may not be written to learns where
+    /// its parts are by now, and gets the right to write if that is given; of one that
+    /// may be written to the server itself knows best.
     Serve(Disk),
     /// Serve it no more. Done when nothing of it is under way, nor of what an earlier
     /// life of the server had been asked.
@@ -195,6 +196,8 @@ pub enum Answer {
     Slabs(Taking),
     /// The parts that were asked for are here, those that are missing nowhere.
     Mapped(Vec<Mapped>),
+    /// What became of parts that were to be given back.
+    Unmapped(Unmapped),
     /// Nobody knows what came of it.
     Unknown,
 }
@@ -258,5 +261,14 @@ pub enum Ask {
         wanted: Vec<Mapped>,
         /// For each of them, the taking that gave the slab.
         takings: Vec<u64>,
+    },
+    /// Parts of a disk are to have no slabs any more. Nobody uses them before the answer.
+    Unmap {
+        /// The disk.
+        disk: DiskId,
+        /// How often it has given parts back, as far as the server knows.
+        number: u64,
+        /// Which: the first, and how many.
+        parts: Vec<(u32, u32)>,
     },
 }

@@ -12,6 +12,7 @@ use holdfast_volume::{Allocator, Fence, Grant, Lun, Refusal, Release, Wanted};
 use uuid::Uuid;
 
 use super::protocol::{Answer, DiskId, ToAgent};
+use super::returns::Returns;
 use super::supply::{Supply, Todo};
 
 /// A slab that could not be zeroed is tried again after this.
@@ -27,6 +28,10 @@ pub enum News {
     Closed { volume: Uuid },
     /// A writer needs slabs.
     Wanted { volume: Uuid, disk: DiskId, parts: Range<u32>, grant: Grant },
+    /// A disk does not need parts any more.
+    Returned { volume: Uuid, disk: DiskId, parts: Range<u32>, release: Release },
+    /// A disk is not served any more.
+    Gone { volume: Uuid, disk: DiskId },
     /// A slab was zeroed, or could not be.
     Wiped { volume: Uuid, slab: u32, done: bool },
     /// The cluster answered.
@@ -52,14 +57,15 @@ impl Allocator for Slabs {
         let _ = self.line.send(News::Wanted { volume, disk, parts: wanted.parts, grant });
     }
 
-    fn release(&self, _parts: Range<u32>, release: Release) {
-        // Slabs go back with their disk; until then what was discarded is zeroed.
-        release.refuse();
+    fn release(&self, parts: Range<u32>, release: Release) {
+        let (volume, disk) = (self.volume, self.disk);
+        let _ = self.line.send(News::Returned { volume, disk, parts, release });
     }
 }
 
 struct Pool {
     supply: Supply<Grant>,
+    returns: Returns<Release>,
     /// While the LUN is open.
     wiper: Option<Sender<u32>>,
 }
@@ -74,7 +80,7 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
             News::Opened { volume, lun, geometry, lease } => {
                 let wiper = start_wiper(volume, lun, geometry, lease, line.clone());
                 let supply = || Supply::new(volume, geometry.slab_bytes);
-                let pool = || Pool { supply: supply(), wiper: None };
+                let pool = || Pool { supply: supply(), returns: Returns::default(), wiper: None };
                 pools.entry(volume).or_insert_with(pool).wiper = Some(wiper);
             }
             News::Closed { volume } => {
@@ -90,16 +96,33 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
                     pool.supply.want(disk, parts.collect(), grant);
                 }
             }
+            News::Returned { volume, disk, parts, release } => {
+                if let Some(pool) = pools.get_mut(&volume) {
+                    pool.returns.give_back(disk, parts, release);
+                }
+            }
+            News::Gone { volume, disk } => {
+                if let Some(pool) = pools.get_mut(&volume) {
+                    pool.returns.gone(disk);
+                }
+            }
             News::Wiped { volume, slab, done } => {
                 if let Some(pool) = pools.get_mut(&volume) {
                     pool.supply.wiped(slab, done);
                 }
             }
             News::Answered { id, answer } => {
-                pools.values_mut().any(|pool| pool.supply.answered(id, &answer, &mut todo));
+                let given = pools.values_mut().any(|pool| pool.supply.answered(id, &answer, &mut todo));
+                if !given {
+                    let returned = pools.values_mut().find_map(|pool| pool.returns.answered(id, &answer));
+                    returned.into_iter().flatten().for_each(Release::done);
+                }
             }
             News::Agent(new) => {
-                let open = pools.values().flat_map(|pool| pool.supply.open_questions());
+                let questions = |pool: &Pool| {
+                    pool.supply.open_questions().into_iter().chain(pool.returns.open_questions()).collect::<Vec<_>>()
+                };
+                let open = pools.values().flat_map(questions);
                 open.for_each(|(id, ask)| drop(new.send(ToAgent::Ask { id, ask })));
                 agent = Some(new);
             }
@@ -108,6 +131,8 @@ pub fn run(inbox: &Receiver<News>, line: &Sender<News>) {
             if pool.wiper.is_some() {
                 pool.supply.go_on(&mut number, &mut todo);
             }
+            let returns = pool.returns.go_on(&mut number);
+            todo.extend(returns.into_iter().map(|(id, ask)| Todo::Ask(id, ask)));
             for todo in todo.drain(..) {
                 act(todo, pool, agent.as_ref());
             }

@@ -194,7 +194,7 @@ impl<G> Supply<G> {
     fn known(&self) -> Vec<Slabs> {
         let offered = self.mapping.values().flat_map(|(ask, _)| match ask {
             Ask::Map { wanted, .. } => wanted.iter().map(|run| run.slab).collect(),
-            Ask::Take { .. } => Vec::new(),
+            Ask::Take { .. } | Ask::Unmap { .. } => Vec::new(),
         });
         let dirty = self.to_wipe.iter().chain(&self.wiping).map(|(slab, _)| *slab);
         let all: BTreeSet<u32> = dirty.chain(self.wiped.keys().copied()).chain(offered).collect();

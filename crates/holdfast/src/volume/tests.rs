@@ -8,6 +8,7 @@ use holdfast_volume::lun::{Identity, Store, Superblock};
 mod links;
 
 use super::protocol::Known;
+use super::protocol::{Answer, Ask};
 use super::*;
 
 const SLAB: u64 = 16 << 20;
@@ -215,4 +216,60 @@ fn a_description_that_is_lost_is_written_anew_on_its_own_device_only() {
     assert_eq!(described(&disk), (vec![3, 5], 2, 2));
     world.call(Call::Describe(description(&disk, 2, 3, &[3]))).unwrap();
     assert_eq!(described(&disk), (vec![3], 2, 3));
+}
+
+/// Answers what the server asks as the cluster would, from an account of the LUN.
+fn answer_from(world: &World, account: &Arc<Mutex<holdfast_core::Lun>>) {
+    let (say, words) = channel();
+    let (line, account) = (world.disks.line.clone(), account.clone());
+    line.send(News::Agent(say)).unwrap();
+    std::thread::spawn(move || {
+        while let Ok(ToAgent::Ask { id, ask }) = words.recv() {
+            let (mut lun, node, term) = (account.lock().unwrap(), NodeId(1), NodeTerm(1));
+            let answer = match ask {
+                Ask::Take { known, most, .. } => Answer::Slabs(lun.take(node, term, &known, most)),
+                Ask::Map { wanted, takings, .. } => Answer::Mapped(lun.map("disk", node, term, &wanted, &takings)),
+                Ask::Unmap { number, parts, .. } => Answer::Unmapped(lun.unmap("disk", number, &parts)),
+            };
+            if line.send(News::Answered { id, answer }).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Has QEMU do things with a disk that is served.
+fn qemu_io(disk: &Disk, commands: &[&str]) {
+    let at = format!("nbd+unix:///{EXPORT}?socket={}", disk.socket.display());
+    let mut program = std::process::Command::new("qemu-io");
+    program.args(["-f", "raw", "-d", "unmap", "-t", "none"]);
+    for command in commands {
+        program.args(["-c", command]);
+    }
+    let output = program.arg(at).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("Pattern verification failed"), "{commands:?}: {said}");
+}
+
+#[test]
+fn what_a_guest_discards_is_another_part_s_and_zeroed_before() {
+    let world = World::new();
+    let disk = world.disk(1);
+    let mut lun = holdfast_core::Lun::new(SLAB, 7);
+    lun.import_file("disk", disk.bytes, &[(0, 1, 2).into()]).unwrap();
+    // All others are somebody else's.
+    lun.import_file("other", 7 * SLAB, &[(0, 0, 1).into(), (1, 3, 4).into()]).unwrap();
+    let account = Arc::new(Mutex::new(lun));
+    answer_from(&world, &account);
+    world.call(Call::Serve(disk.clone())).unwrap();
+    qemu_io(&disk, &["write -P 7 0 32M", "discard 0 16M", "read -P 0 0 16M", "read -P 7 16M 16M"]);
+    assert_eq!(account.lock().unwrap().files["disk"].parts, [(1, 2, 1).into()]);
+    // A part of it is not given back, but zeroed.
+    qemu_io(&disk, &["discard 16M 1M", "read -P 0 16M 1M", "read -P 7 17M 15M"]);
+    qemu_io(&disk, &["write -P 9 48M 4k", "read -P 0 49156k 1M", "read -P 0 0 16M"]);
+    assert_eq!(account.lock().unwrap().files["disk"].parts, [(1, 2, 1).into(), (3, 1, 1).into()]);
+    // Zeroes may be holes, too.
+    qemu_io(&disk, &["write -z -u 0 64M", "read -P 0 0 64M"]);
+    assert_eq!(account.lock().unwrap().files["disk"].parts, []);
+    world.call(Call::Withdraw(disk)).unwrap();
 }
