@@ -37,7 +37,7 @@ pub use vm::{
 };
 pub use volume::{
     AddVolume, OwnerView, PathState, Reach, RenameVolume, SetOwner, SetRedirect, SetRedirectPatience, VolumeKind,
-    VolumeView,
+    VolumeSpace, VolumeView,
 };
 pub use what_if::{VmFate, VmForecast, WhatIfView, Within};
 pub use witness::{SetWitness, WitnessView};

@@ -201,7 +201,8 @@ pub enum VmState {
     Stopping,
     /// It moves while it runs.
     Migrating,
-    /// It should run, but no node has room, or another QEMU has its disk open.
+    /// It should run, but no node has room, or another QEMU has its disk open, or a volume
+    /// is full.
     Waiting,
     /// It should run, but failed.
     Failed,

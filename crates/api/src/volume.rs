@@ -23,9 +23,18 @@ pub struct VolumeView {
     pub size_bytes: Option<u64>,
     /// What of it is free, likewise.
     pub free_bytes: Option<u64>,
-    /// What its disks would take if they were full; for a LUN.
+    /// What of it is used, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_bytes: Option<u64>,
+    /// What of the free part nodes keep ready for their guests' next writes; for a LUN.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ahead_bytes: Option<u64>,
+    /// What its disks would take if they were full.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub promised_bytes: Option<u64>,
+    /// That in percent of its size: above 100 more is promised than there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promised_percent: Option<u64>,
     /// Who does I/O for nodes without a path of their own; for a LUN that has an owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<OwnerView>,
@@ -35,6 +44,39 @@ pub struct VolumeView {
     pub vms: Vec<String>,
     /// When it was added.
     pub added_ms: u64,
+}
+
+/// How much of a volume is used and promised: what `holdfast volume df --json` prints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpace {
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub size_bytes: Option<u64>,
+    /// What of it is used.
+    pub used_bytes: Option<u64>,
+    /// What of the free part nodes keep ready for their guests' next writes.
+    pub ahead_bytes: Option<u64>,
+    /// What of it is free, with that.
+    pub free_bytes: Option<u64>,
+    /// What its disks would take if they were full.
+    pub promised_bytes: Option<u64>,
+    /// That in percent of its size.
+    pub promised_percent: Option<u64>,
+}
+
+impl From<&VolumeView> for VolumeSpace {
+    fn from(volume: &VolumeView) -> Self {
+        VolumeSpace {
+            name: volume.name.clone(),
+            size_bytes: volume.size_bytes,
+            used_bytes: volume.used_bytes,
+            ahead_bytes: volume.ahead_bytes,
+            free_bytes: volume.free_bytes,
+            promised_bytes: volume.promised_bytes,
+            promised_percent: volume.promised_percent,
+        }
+    }
 }
 
 /// What is behind a volume.

@@ -32,6 +32,14 @@ pub fn waits_for<'a>(state: &'a ClusterState, vm: &'a Vm) -> Option<(&'a str, &'
     })
 }
 
+/// The full volume that a VM waits for: its guest stands still in a write that finds no
+/// room, and goes on when there is some.
+pub fn waits_for_room<'a>(state: &'a ClusterState, vm: &'a Vm) -> Option<&'a str> {
+    let full = |disk: &&DiskSpec| state.luns.get(&disk.volume).is_some_and(|lun| lun.free_slabs() == 0);
+    let stands = vm.desired == Desired::Running && vm.seen == Seen::Paused && vm.placement != Placement::Nowhere;
+    vm.spec.disks.iter().filter(|_| stands).find(full).map(|disk| disk.volume.as_str())
+}
+
 /// How a VM stands, in one sentence.
 pub fn standing(state: &ClusterState, vm: &Vm) -> String {
     let name = &vm.name;
@@ -71,6 +79,11 @@ pub fn standing(state: &ClusterState, vm: &Vm) -> String {
                 let times = if *tries == 1 { "once".into() } else { format!("{tries} times") };
                 return format!(
                     "{name} should run on {node} and waits for the image lock that {holder} still has ({why}); tried {times}, it starts when the lock is free"
+                );
+            }
+            if let Some(volume) = waits_for_room(state, vm) {
+                return format!(
+                    "{name} stands still on {node} and waits for room on volume {volume}, which is full; it goes on when there is some: delete disks, have guests discard what they do not need, or `holdfast volume grow {volume}`"
                 );
             }
             let how = match vm.seen {

@@ -110,6 +110,34 @@ pub struct Taking {
     pub slabs: Vec<Slabs>,
 }
 
+/// From so many percent on a volume fills, and from so many on it is nearly full.
+const FILLS_PERCENT: u64 = 80;
+const NEARLY_FULL_PERCENT: u64 = 90;
+/// It is said to be less full when it is so many percent below that.
+const CLEARLY_PERCENT: u64 = 5;
+/// A full one has room again when so many percent are free.
+const ROOM_PERCENT: u64 = 2;
+
+/// How full a LUN is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Fullness {
+    /// There is room.
+    #[default]
+    Low,
+    /// Files have four fifths of it.
+    Fills,
+    /// Files have nine tenths of it.
+    NearlyFull,
+    /// No slab is free.
+    Full,
+}
+
+impl Fullness {
+    fn is_low(&self) -> bool {
+        *self == Fullness::Low
+    }
+}
+
 /// The slabs of a LUN and who has them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lun {
@@ -124,6 +152,9 @@ pub struct Lun {
     /// How many takings there were.
     #[serde(default)]
     pub takings: u64,
+    /// What was said last of how full it is.
+    #[serde(default, skip_serializing_if = "Fullness::is_low")]
+    pub told: Fullness,
     /// What nobody has, in order and joined.
     pub free: Vec<Slabs>,
     /// What files had and the journal may still say that they have, oldest first.
@@ -152,6 +183,7 @@ impl Lun {
             files: BTreeMap::new(),
             taken: BTreeMap::new(),
             takings: 0,
+            told: Fullness::Low,
             free: vec![Slabs { first: 0, count: slabs }],
             freed: Vec::new(),
             revision: 0,
@@ -174,7 +206,32 @@ impl Lun {
 
     /// How many slabs files have.
     pub fn used_slabs(&self) -> u32 {
-        self.files.values().map(LunFile::slabs).sum()
+        // Files have many more runs than what is not theirs.
+        self.slabs - self.free_slabs() - self.taken_slabs() - self.freed_slabs()
+    }
+
+    /// How much of it files have, in percent, rounded down.
+    pub fn used_percent(&self) -> u64 {
+        u64::from(self.used_slabs()) * 100 / u64::from(self.slabs.max(1))
+    }
+
+    /// How full it is to be called now: what was said last stays true until it is clearly
+    /// not, so that nobody hears the same again and again.
+    pub fn fullness(&self) -> Fullness {
+        let free = self.free_slabs();
+        let level = |percent: u64| match percent {
+            _ if free == 0 => Fullness::Full,
+            NEARLY_FULL_PERCENT.. => Fullness::NearlyFull,
+            FILLS_PERCENT.. => Fullness::Fills,
+            _ => Fullness::Low,
+        };
+        let (up, down) = (level(self.used_percent()), level(self.used_percent() + CLEARLY_PERCENT));
+        let stays_full = self.told == Fullness::Full && u64::from(free) * 100 < u64::from(self.slabs) * ROOM_PERCENT;
+        match self.told {
+            told if up > told => up,
+            told if down < told && !stays_full => down,
+            told => told,
+        }
     }
 
     /// How many parts a file of so many bytes has.
@@ -603,6 +660,36 @@ mod tests {
         assert_eq!(lun.take(NodeId(2), T1, &[], 1), Taking::default());
         assert_eq!((lun.free_slabs(), lun.used_slabs()), (0, 0));
         account(&lun);
+    }
+
+    #[test]
+    fn how_full_it_is_is_said_once() {
+        let mut lun = Lun::new(16 << 20, 100);
+        lun.make_file("web", WEB, 100 * (16 << 20));
+        let mut said = Vec::new();
+        let mut tell = |lun: &mut Lun| {
+            let now = lun.fullness();
+            if now != std::mem::replace(&mut lun.told, now) {
+                said.push((lun.used_slabs(), now));
+            }
+        };
+        for part in 0..100 {
+            let taking = lun.take(N1, T1, &[], 1);
+            let slab = taking.slabs[0].first;
+            lun.map("web", N1, T1, &[(part, slab, 1).into()], &[taking.number]);
+            tell(&mut lun);
+        }
+        let mut discard = |lun: &mut Lun, part: u32| {
+            lun.unmap("web", lun.files["web"].unmaps, &[(part, 1)]);
+            tell(lun);
+        };
+        for part in 0..30 {
+            discard(&mut lun, part);
+        }
+        assert_eq!(lun.used_slabs(), lun.files["web"].slabs());
+        let (fills, nearly) = (Fullness::Fills, Fullness::NearlyFull);
+        let up = [(80, fills), (90, nearly), (100, Fullness::Full)];
+        assert_eq!(said, [up.as_slice(), &[(98, nearly), (84, fills), (74, Fullness::Low)]].concat());
     }
 
     #[derive(Clone, Debug)]

@@ -240,9 +240,14 @@ impl ClusterState {
         }
         let (subject, node) = (format!("vm {}", vm.name), vm.node());
         let on = node.map_or_else(String::new, |node| format!(" on {}", self.node_name(node)));
+        let full = self.vms.get(&id).and_then(|vm| crate::explain::waits_for_room(self, vm)).map(str::to_owned);
         match (was, seen) {
             (Seen::Paused, Seen::Running) => self.event(at_ms, Severity::Info, subject, format!("goes on{on}")),
             (_, Seen::Running) => self.event(at_ms, Severity::Info, subject, format!("runs{on}")),
+            (_, Seen::Paused) if let Some(volume) = full => {
+                let text = format!("stands still{on}: it waits for room on volume {volume}, which is full");
+                self.event(at_ms, Severity::Warning, subject, text);
+            }
             (_, Seen::Paused) => self.event(at_ms, Severity::Info, subject, format!("is paused{on}")),
             _ => {}
         }

@@ -73,6 +73,33 @@ impl ClusterState {
         Reply::Done
     }
 
+    /// Says how full volumes are where that has changed.
+    pub(super) fn tell_fullness(&mut self, at_ms: u64) {
+        let changed = |(name, lun): (&String, &mut Lun)| {
+            let (now, before) = (lun.fullness(), lun.told);
+            lun.told = now;
+            (now != before).then(|| (name.clone(), before, now, lun.used_percent()))
+        };
+        let changed: Vec<_> = self.luns.iter_mut().filter_map(changed).collect();
+        for (name, before, now, percent) in changed {
+            let (severity, text) = match now {
+                Fullness::Full => (
+                    Severity::Error,
+                    "is full: VMs whose disks need more of it stand still until there is room".to_owned(),
+                ),
+                _ if now < before => (Severity::Info, format!("has room again: {percent} % are used")),
+                Fullness::NearlyFull => (
+                    Severity::Warning,
+                    format!(
+                        "is nearly full ({percent} %): when it is full, VMs whose disks need more of it stand still"
+                    ),
+                ),
+                _ => (Severity::Warning, format!("fills up: {percent} % are used")),
+            };
+            self.event(at_ms, severity, format!("volume {name}"), text);
+        }
+    }
+
     /// The file of a disk, for whoever has a right to the VM.
     fn writable(&mut self, id: VmId, disk: u32, tenure: &Tenure) -> Result<(&mut Lun, String), Refusal> {
         let vm = self.vms.get(&id).ok_or_else(|| Refusal::unknown("VM", id))?;

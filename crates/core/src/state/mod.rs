@@ -102,6 +102,7 @@ impl ClusterState {
             Ok(reply) => reply,
             Err(refusal) => Reply::Refused(refusal),
         };
+        self.tell_fullness(proposal.at_ms);
         // No decision stands on who has which slab: a guest that writes must not make
         // the coordinator decide again. Nor is it remembered, since doing it twice does
         // no harm: such a guest would drive out requests that are still retried.

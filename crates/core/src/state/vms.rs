@@ -231,6 +231,11 @@ impl ClusterState {
         if self.is_void(&from) {
             return Err(Refusal::Conflict(format!("the node of VM {name:?} was lost: it restarts elsewhere")));
         }
+        if let Some(volume) = crate::explain::waits_for_room(self, vm) {
+            return Err(Refusal::Conflict(format!(
+                "VM {name:?} stands still in a write until there is room on volume {volume:?}: it cannot move before that"
+            )));
+        }
         let spec = vm.spec.clone();
         let to = match to {
             Some(to) if to == from.node => {

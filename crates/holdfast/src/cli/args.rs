@@ -374,6 +374,11 @@ pub enum VolumeCommand {
         #[arg(long, value_name = "NODE")]
         direct: Option<String>,
     },
+    /// Show how much of the volumes is used, and how much was promised.
+    Df {
+        /// The volume; all of them when none is named.
+        name: Option<String>,
+    },
     /// Remove a volume that no VM uses. What is on it stays.
     Remove {
         /// Its name.
@@ -515,6 +520,8 @@ mod tests {
             "volume maintenance san --redirect n1",
             "volume maintenance san --direct n1",
             "cluster redirect-patience 30",
+            "volume df",
+            "volume df san --json",
             "vm create web --cpus 2 --memory 2G --disk main:20G,format=raw --image /tmp/i.qcow2 --nic lan,vlan=7 --priority high --start",
             "vm create web --kernel /k --initrd /i --append console=ttyS0 --disk main:1G",
             "vm create -f vm.yaml --no-wait",

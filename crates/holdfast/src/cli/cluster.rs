@@ -310,6 +310,7 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
             let heads = ["name", "kind", "path", "owner", "size", "free", "not direct from"];
             return output::table(heads, volumes.iter().map(row));
         }
+        VolumeCommand::Df { name } => return space(client, name, json).await,
         VolumeCommand::Remove { name } => {
             let () = client.delete(&format!("/api/v1/volumes/{}", segment(&name))).await?;
             return done(json, format!("Volume {name} is removed; its files stay."));
@@ -345,6 +346,7 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
         ("path", volume.path.clone()),
         ("mounted at", output::or_dash(volume.mounted_at.clone())),
         ("size", output::or_dash(volume.size_bytes.map(output::size))),
+        ("used", output::or_dash(volume.used_bytes.map(output::size))),
         ("free", output::or_dash(volume.free_bytes.map(output::size))),
         ("promised", output::or_dash(volume.promised_bytes.map(output::size))),
         ("owner", output::or_dash(volume.owner.as_ref().map(owner))),
@@ -384,6 +386,36 @@ fn reach(reach: &api::Reach) -> String {
         _ => String::new(),
     };
     format!("{}: {how}{since}: {why}{much}", reach.node)
+}
+
+/// `holdfast volume df`.
+async fn space(client: &Client, name: Option<String>, json: bool) -> Done {
+    let volumes: Vec<api::VolumeView> = match name {
+        Some(name) => vec![client.get(&format!("/api/v1/volumes/{}", segment(&name))).await?],
+        None => client.get("/api/v1/volumes").await?,
+    };
+    if json {
+        return output::json(&volumes.iter().map(api::VolumeSpace::from).collect::<Vec<_>>());
+    }
+    let size = |bytes: Option<u64>| output::or_dash(bytes.map(output::size));
+    let row = |volume: &api::VolumeView| {
+        let used = volume.used_bytes.zip(volume.size_bytes).map(|(used, size)| used * 100 / size.max(1));
+        let percent = |percent: Option<u64>| output::or_dash(percent.map(|percent| format!("{percent} %")));
+        [
+            volume.name.clone(),
+            size(volume.size_bytes),
+            size(volume.used_bytes),
+            percent(used),
+            size(volume.ahead_bytes),
+            size(volume.free_bytes),
+            size(volume.promised_bytes),
+            percent(volume.promised_percent),
+        ]
+    };
+    output::table(
+        ["name", "size", "used", "used %", "ahead", "free", "promised", "promised %"],
+        volumes.iter().map(row),
+    )
 }
 
 /// `holdfast token`.

@@ -116,15 +116,21 @@ fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
     }
     warnings.extend(paths::warnings(state));
     for (name, lun) in &state.luns {
-        let full = u64::from(lun.used_slabs()) * 100 / u64::from(lun.slabs.max(1));
-        if full >= FULL_PERCENT {
-            warnings.push(format!(
-                "volume {name} is {full} % full: when it is full, VMs whose disks need more room of it stand still"
-            ));
+        let percent = lun.used_percent();
+        match lun.told {
+            Fullness::Low => {}
+            Fullness::Fills => warnings.push(format!("volume {name} is {percent} % full")),
+            Fullness::NearlyFull => warnings.push(format!(
+                "volume {name} is {percent} % full: when it is full, VMs whose disks need more of it stand still"
+            )),
+            Fullness::Full => {
+                warnings.push(format!("volume {name} is full: VMs whose disks need more of it stand still"));
+            }
         }
     }
     for vm in state.vms.values() {
-        if vm.desired.wants_qemu() && vm.hold.is_some() {
+        let waits = vm.hold.is_some() || holdfast_core::explain::waits_for_room(state, vm).is_some();
+        if vm.desired.wants_qemu() && waits {
             warnings.push(holdfast_core::explain::standing(state, vm));
         }
     }
@@ -237,9 +243,6 @@ pub fn switch(state: &ClusterState, name: &str, kind: &SwitchKind) -> api::Switc
     }
 }
 
-/// From here on a volume that can be full without notice is warned of, in percent.
-const FULL_PERCENT: u64 = 85;
-
 /// Room on a volume, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
@@ -267,6 +270,11 @@ pub fn volume(
         let bytes = |slabs: u32| u64::from(slabs) * lun.slab_bytes;
         Some(Room { size: bytes(lun.slabs), free: bytes(lun.slabs - lun.used_slabs()) })
     });
+    let disks = || state.vms.values().flat_map(|vm| &vm.spec.disks).filter(|disk| disk.volume == name);
+    let promised: u64 = match lun {
+        Some(lun) => lun.files.values().map(|file| file.bytes).sum(),
+        None => disks().map(|disk| disk.size_bytes).sum(),
+    };
     let reach = |node: &Node| {
         if let Some(lun) = lun {
             return paths::reach(state, name, lun, node);
@@ -295,7 +303,10 @@ pub fn volume(
         mounted_at,
         size_bytes: room.map(|room| room.size),
         free_bytes: room.map(|room| room.free),
-        promised_bytes: lun.map(|lun| lun.files.values().map(|file| file.bytes).sum()),
+        used_bytes: room.map(|room| room.size - room.free),
+        ahead_bytes: lun.map(|lun| u64::from(lun.taken_slabs()) * lun.slab_bytes),
+        promised_bytes: Some(promised),
+        promised_percent: room.map(|room| promised.saturating_mul(100) / room.size.max(1)),
         owner: paths::owner(state, name),
         reach: state.nodes.values().map(reach).collect(),
         vms: names(state.vms.values().filter(on_it).map(|vm| &vm.name)),

@@ -25,6 +25,7 @@ mod hand_over;
 mod keeper_killed;
 mod keeper_stopped;
 mod lun;
+mod lun_full;
 mod lun_owner;
 mod migration;
 mod migration_faults;

@@ -9,10 +9,14 @@ pub fn vm(state: &ClusterState, vm: &Vm) -> api::VmView {
         Placement::Moving { to, .. } => Some(state.node_name(to.node)),
         _ => None,
     };
+    let full = holdfast_core::explain::waits_for_room(state, vm);
     api::VmView {
         name: vm.name.clone(),
         id: vm.id.to_string(),
-        state: vm_state(vm),
+        state: match full {
+            Some(_) => api::VmState::Waiting,
+            None => vm_state(vm),
+        },
         standing: holdfast_core::explain::standing(state, vm),
         node: vm.node().map(|node| state.node_name(node)),
         target,
@@ -37,10 +41,12 @@ pub fn vm(state: &ClusterState, vm: &Vm) -> api::VmView {
             .collect(),
         nics: vm.spec.nics.iter().map(nic).collect(),
         priority: priority(vm.spec.priority),
-        hold: hold(vm).or_else(|| {
-            let (volume, why) = holdfast_core::explain::waits_for(state, vm)?;
-            Some(format!("waits until a path to volume {volume} is back: {why}"))
-        }),
+        hold: hold(vm)
+            .or_else(|| full.map(|volume| format!("waits for room on volume {volume}, which is full")))
+            .or_else(|| {
+                let (volume, why) = holdfast_core::explain::waits_for(state, vm)?;
+                Some(format!("waits until a path to volume {volume} is back: {why}"))
+            }),
         crashes: vm.crashes.len(),
         created_ms: vm.created_ms,
         definition: definition(vm),
