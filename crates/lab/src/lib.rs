@@ -33,7 +33,6 @@ mod process;
 mod procfs;
 mod registry;
 mod sys;
-pub use sys::touch_memory;
 mod watch;
 
 pub use fabric::{CLIENT, Fabric};
@@ -45,4 +44,5 @@ pub use netns::{Namespace, in_netns};
 pub use network::Network;
 pub use process::HostProcess;
 pub use procfs::Process;
+pub use sys::touch_memory;
 pub use watch::{HostNames, Overlap, Sighting, SplitBrainWatch};
