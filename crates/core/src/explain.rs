@@ -83,7 +83,7 @@ pub fn standing(state: &ClusterState, vm: &Vm) -> String {
             }
             if let Some(volume) = waits_for_room(state, vm) {
                 return format!(
-                    "{name} stands still on {node} and waits for room on volume {volume}, which is full; it goes on when there is some: delete disks, have guests discard what they do not need, or `holdfast volume grow {volume}`"
+                    "{name} stands still on {node} and waits for room on volume {volume}, which is full; it goes on when there is some: delete disks, or have guests discard what they do not need"
                 );
             }
             let how = match vm.seen {
