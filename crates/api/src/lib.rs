@@ -10,6 +10,7 @@ mod cluster;
 mod error;
 mod fencing;
 mod job;
+mod lun;
 mod network;
 mod node;
 mod quorum;
@@ -25,6 +26,7 @@ pub use cluster::{ClusterView, Counts, FoundCluster, Founded, HandOver, HandedOv
 pub use error::{ErrorBody, ErrorDetail};
 pub use fencing::{FenceTestView, FencingView, SetFencing, WatchdogState, WatchdogView};
 pub use job::{Event, JobOutcome, JobState, JobView, Moved, Severity};
+pub use lun::{FileView, ImportVolume, VolumeCheck};
 pub use network::{AddSwitch, NetworkView, SetNetwork, SwitchKind, SwitchView};
 pub use node::{Address, JoinCluster, JoinLine, MakeJoinToken, NodeState, NodeView, SetNode};
 pub use quorum::{ForceQuorum, ForcedQuorum, QuorumView, SeatView};

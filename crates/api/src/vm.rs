@@ -90,6 +90,10 @@ pub struct DiskDefinition {
     /// guest's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// Instead of a new disk, a file that is there on the volume and belongs to no VM, as
+    /// after an import. It becomes the VM's, and is deleted with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
 }
 
 /// How a disk's file is laid out.
@@ -310,6 +314,7 @@ mod tests {
                 size: size.map(Size),
                 format: if raw { DiskFormat::Raw } else { DiskFormat::Qcow2 },
                 image,
+                file: None,
             },
         )
     }

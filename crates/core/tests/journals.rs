@@ -168,6 +168,11 @@ fn an_imported_volume_is_used_when_all_of_it_is_known() {
     assert!(matches!(create(&mut lab, 50, SLAB), Reply::Refused(Refusal::Invalid(_))), "it has another size");
     assert!(matches!(create(&mut lab, 50, 4 * SLAB), Reply::Job(_)));
     assert!(matches!(create(&mut lab, 51, 4 * SLAB), Reply::Refused(Refusal::Duplicate { .. })));
-    let file = &lab.state.luns["san"].files["vms/a/disk0.raw"];
-    assert_eq!((file.vm, file.slabs()), (Some(vm_id(50)), 3));
+    let file = |lab: &Lab| lab.state.luns["san"].files["vms/a/disk0.raw"].clone();
+    assert_eq!((file(&lab).vm, file(&lab).slabs()), (Some(vm_id(50)), 3));
+
+    // A VM that could not be made leaves it as it was.
+    let job = lab.state.running_jobs().next().expect("its making").id;
+    assert_eq!(lab.ask(Command::CancelJob { job }), Reply::Done);
+    assert_eq!((file(&lab).vm, file(&lab).slabs()), (None, 3));
 }

@@ -77,7 +77,7 @@ impl Lun {
     /// Why it cannot be; some of it may have been added.
     pub fn import_file(&mut self, name: &str, bytes: u64, parts: &[Mapped]) -> Result<(), String> {
         let most = self.parts(bytes);
-        let new = || LunFile { vm: None, bytes, parts: Vec::new(), unmaps: 0 };
+        let new = || LunFile { vm: None, bytes, parts: Vec::new(), unmaps: 0, imported: true };
         let file = self.files.entry(name.to_owned()).or_insert_with(new);
         if file.bytes != bytes {
             return Err(format!("file {name:?} has two sizes"));

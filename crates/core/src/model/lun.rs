@@ -56,6 +56,9 @@ pub struct LunFile {
     /// is decided late, takes nothing from it.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub unmaps: u64,
+    /// It came with an imported LUN: a VM that could not be made leaves it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub imported: bool,
 }
 
 fn is_zero(count: &u64) -> bool {
@@ -355,6 +358,14 @@ impl Lun {
         self.changed([]);
     }
 
+    /// Frees the files of a VM that could not be made; those that were there before it
+    /// stay.
+    pub fn unmake_files(&mut self, vm: VmId) {
+        let there = |file: &&mut LunFile| file.vm == Some(vm) && file.imported;
+        self.files.values_mut().filter(there).for_each(|file| file.vm = None);
+        self.drop_files(vm);
+    }
+
     /// Frees the files of a VM.
     pub fn drop_files(&mut self, vm: VmId) {
         let before = self.files.len();
@@ -407,7 +418,7 @@ impl Taken {
 impl LunFile {
     /// Nothing of it is there yet.
     pub fn new(vm: VmId, bytes: u64) -> Self {
-        LunFile { vm: Some(vm), bytes, parts: Vec::new(), unmaps: 0 }
+        LunFile { vm: Some(vm), bytes, parts: Vec::new(), unmaps: 0, imported: false }
     }
 
     /// How many slabs it has.

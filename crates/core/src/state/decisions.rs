@@ -111,7 +111,7 @@ impl ClusterState {
             Action::DisksFailed { vm, why } => {
                 // Nothing half-made: a VM whose disks could not be made never was.
                 if let Some(vm) = self.vms.remove(vm) {
-                    self.drop_lun_files(vm.id);
+                    self.unmake_lun_files(vm.id);
                     self.end_jobs_of(at_ms, vm.id, |_| true, &Outcome::Failed { why: why.clone() });
                 }
             }

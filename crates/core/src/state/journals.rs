@@ -10,10 +10,14 @@ use super::commands::{Executed, valid_name};
 use super::{ClusterState, Refusal, Reply};
 
 impl ClusterState {
-    /// The node that is to keep a LUN's journal: the first that is up.
+    /// The node that is to keep a LUN's journal: its owner, or the first node that is up
+    /// while it has none.
     pub fn journal_keeper(&self, volume: &str) -> Option<NodeId> {
         self.luns.get(volume)?;
-        self.nodes.values().find(|node| node.is_up()).map(|node| node.id)
+        match self.owner(volume) {
+            Some(owner) => (!owner.leaving).then_some(owner.node),
+            None => self.nodes.values().find(|node| node.is_up()).map(|node| node.id),
+        }
     }
 
     /// Whether a node is in the term under which it writes journals.
@@ -71,7 +75,8 @@ impl ClusterState {
                 lun.described(revision.min(lun.revision));
                 lun.journal.repair &= !repaired;
             }
-            Err(why) => lun.journal.trouble = Some(why),
+            // Whoever wanted a repair is told, and may want it again.
+            Err(why) => (lun.journal.repair, lun.journal.trouble) = (false, Some(why)),
         }
         if ends {
             lun.journal.writer = None;
@@ -99,7 +104,7 @@ impl ClusterState {
         };
         let lun = self.luns.get_mut(name).ok_or_else(directory)?;
         lun.at_rest(name)?;
-        lun.journal.repair = true;
+        (lun.journal.repair, lun.journal.trouble) = (true, None);
         self.event(at_ms, Severity::Info, format!("volume {name}"), format!("{by} has its description written anew"));
         Ok(Reply::Done)
     }

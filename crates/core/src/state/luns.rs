@@ -165,6 +165,10 @@ impl ClusterState {
         }
     }
 
+    pub(super) fn unmake_lun_files(&mut self, vm: VmId) {
+        self.luns.values_mut().for_each(|lun| lun.unmake_files(vm));
+    }
+
     pub(super) fn drop_lun_files(&mut self, vm: VmId) {
         self.luns.values_mut().for_each(|lun| lun.drop_files(vm));
     }

@@ -315,7 +315,7 @@ impl ClusterState {
             Work::Create { .. } if self.vms.get(&vm).is_some_and(|vm| vm.disks != DiskStage::Ready) => {
                 // Nothing half-made: the node that makes its disks deletes them.
                 self.vms.remove(&vm);
-                self.drop_lun_files(vm);
+                self.unmake_lun_files(vm);
                 self.end_job(at_ms, id, Outcome::Cancelled);
             }
             Work::Stop => {

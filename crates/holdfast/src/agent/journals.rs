@@ -99,9 +99,11 @@ impl Agent {
                     }
                     Err(error) => {
                         failures += 1;
-                        tracing::warn!(volume, error = format!("{error:#}"), "it is not described on its LUN");
-                        if failures == QUIET_FAILURES {
-                            self.tell_outcome(member, &volume, me, Err(format!("{error:#}")), false, false).await;
+                        let why = format!("{error:#}");
+                        tracing::warn!(volume, error = why, "it is not described on its LUN");
+                        let known = state.luns.get(&volume).and_then(|lun| lun.journal.trouble.clone());
+                        if failures >= QUIET_FAILURES && known.as_ref() != Some(&why) {
+                            self.tell_outcome(member, &volume, me, Err(why), false, false).await;
                         }
                         sleep(AGAIN).await;
                     }

@@ -99,7 +99,12 @@ impl Agent {
 
     /// Writes on the LUN, has every other node read it there and write itself, and
     /// reads that.
-    async fn seen_by_all(&self, member: &'static Member, state: &ClusterState, lun: &Lun) -> Result<(), Failure> {
+    pub(super) async fn seen_by_all(
+        &self,
+        member: &'static Member,
+        state: &ClusterState,
+        lun: &Lun,
+    ) -> Result<(), Failure> {
         let token = Uuid::new_v4();
         let (me, ours) = (member.me, lun.clone());
         on_disk(move || put_token(&ours, me, token))
@@ -154,10 +159,15 @@ impl Agent {
 
 /// Finds the LUN that holds a volume; the error is a clause that follows the node's name.
 pub fn find(volume: Uuid, device: &Path, dir: &Path) -> Result<PathBuf, String> {
-    let holds = |path: &Path| match Superblock::read(&open(path)?) {
-        Ok(found) if found.identity.volume == volume => Ok(path.to_owned()),
-        Ok(found) => Err(format!("sees another volume, {:?}, on {}", found.identity.name, path.display())),
-        Err(error) => Err(format!("cannot use {}: {error}", path.display())),
+    let holds = |path: &Path| match open(path).map(|lun| (lun.bytes(), Superblock::read(&lun)))? {
+        (bytes, Ok(found)) if found.identity.volume == volume && bytes < found.geometry.end() => Err(format!(
+            "sees {bytes} bytes on {}, and the volume needs {}: has the device become smaller?",
+            path.display(),
+            found.geometry.end()
+        )),
+        (_, Ok(found)) if found.identity.volume == volume => Ok(path.to_owned()),
+        (_, Ok(found)) => Err(format!("sees another volume, {:?}, on {}", found.identity.name, path.display())),
+        (_, Err(error)) => Err(format!("cannot use {}: {error}", path.display())),
     };
     let first = holds(device);
     first.or_else(|why| candidates(dir).find_map(|path| holds(&path).ok()).ok_or(why))
@@ -170,7 +180,7 @@ fn on(volume: &Volume) -> Option<&Path> {
     }
 }
 
-fn open(path: &Path) -> Result<Lun, String> {
+pub(super) fn open(path: &Path) -> Result<Lun, String> {
     Lun::open(path).map_err(|error| format!("sees no device there: {error}"))
 }
 

@@ -16,6 +16,7 @@ mod fencing;
 mod force;
 mod guest;
 mod guests;
+mod imports;
 mod journals;
 mod keeper_link;
 mod lane;

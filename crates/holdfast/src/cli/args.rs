@@ -384,6 +384,37 @@ pub enum VolumeCommand {
         /// Its name.
         name: String,
     },
+    /// Take over a LUN that is a volume already, with its files, from a cluster that does not
+    /// use it any more.
+    Import {
+        /// Its name here.
+        name: String,
+        /// The block device, by its path on the node that is asked.
+        #[arg(long, value_name = "DEVICE")]
+        lun: String,
+        /// The volume's name in the cluster that it is taken from, as the refusal gave it.
+        #[arg(long, value_name = "NAME")]
+        take: Option<String>,
+    },
+    /// List the files of a volume on a LUN.
+    Ls {
+        /// Its name.
+        name: String,
+    },
+    /// Look at all of a LUN's description and compare it with the cluster's state. Changes nothing.
+    Check {
+        /// The volume.
+        #[arg(required_unless_present = "lun", conflicts_with = "lun")]
+        name: Option<String>,
+        /// A device of this host instead, without any cluster.
+        #[arg(long, value_name = "DEVICE")]
+        lun: Option<PathBuf>,
+    },
+    /// Write a LUN's description anew from the cluster's state.
+    Repair {
+        /// Its name.
+        name: String,
+    },
     /// Serve this node's disks on LUNs; started by the keeper.
     #[command(hide = true)]
     Serve {
@@ -522,6 +553,11 @@ mod tests {
             "cluster redirect-patience 30",
             "volume df",
             "volume df san --json",
+            "volume import san --lun /dev/sdb --take old",
+            "volume ls san",
+            "volume check san",
+            "volume check --lun /dev/sdb --json",
+            "volume repair san",
             "vm create web --cpus 2 --memory 2G --disk main:20G,format=raw --image /tmp/i.qcow2 --nic lan,vlan=7 --priority high --start",
             "vm create web --kernel /k --initrd /i --append console=ttyS0 --disk main:1G",
             "vm create -f vm.yaml --no-wait",
@@ -563,6 +599,8 @@ mod tests {
             "vm create web --image /i",
             "vm create web -f x --cpus 2",
             "switch add lan",
+            "volume check",
+            "volume check san --lun /dev/sdb",
             "cluster profile slow",
             "job show seven",
             "node token --valid 0",

@@ -7,7 +7,7 @@ use hyper::Method;
 use super::args::*;
 use super::client::Client;
 use super::vm::segment;
-use super::{Done, fencing, output};
+use super::{Done, fencing, luns, output};
 
 /// `holdfast cluster`.
 pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Done {
@@ -330,6 +330,20 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
         }
         VolumeCommand::Add { name, directory, lun, erase } => {
             client.post("/api/v1/volumes", &api::AddVolume { name, directory, lun, erase }).await?
+        }
+        VolumeCommand::Import { name, lun, take } => {
+            client.post("/api/v1/volume-imports", &api::ImportVolume { name, lun, take }).await?
+        }
+        VolumeCommand::Ls { name } => {
+            let files: Vec<api::FileView> = client.get(&format!("/api/v1/volumes/{}/files", segment(&name))).await?;
+            return luns::list(&files, json);
+        }
+        VolumeCommand::Check { name, .. } => {
+            let name = name.unwrap_or_default();
+            return luns::check(&client.get(&format!("/api/v1/volumes/{}/check", segment(&name))).await?, json);
+        }
+        VolumeCommand::Repair { name } => {
+            return luns::check(&client.post(&format!("/api/v1/volumes/{}/repair", segment(&name)), &()).await?, json);
         }
         VolumeCommand::Serve { .. } => {
             return Err(super::CliError::Local("this command is not run by the client".into()));

@@ -8,6 +8,7 @@ mod console;
 mod documents;
 mod fencing;
 mod job;
+mod luns;
 mod output;
 mod quorum;
 mod vm;
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 pub use args::{Cli, Command};
+use args::{Group, VolumeCommand};
 use client::{Client, ClientError};
 
 /// Why a command did not do what was asked.
@@ -32,6 +34,9 @@ enum CliError {
     /// The job that was waited for did not do what was asked; said already.
     #[error("{0}")]
     Job(String),
+    /// Something is wrong with a volume; what, is said already.
+    #[error("{0} is not as it should be")]
+    Unsound(String),
 }
 
 impl From<std::io::Error> for CliError {
@@ -71,6 +76,9 @@ async fn dispatch(cli: Cli) -> Done {
         Command::Quorum(args) => quorum::quorum(&client()?, args.command, json || args.format.json).await,
         Command::Network(args) => cluster::network(&client()?, args.command, json || args.format.json).await,
         Command::Switch(args) => cluster::switch(&client()?, args.command, json || args.format.json).await,
+        Command::Volume(Group { command: VolumeCommand::Check { lun: Some(device), .. }, format }) => {
+            luns::check_alone(&device, json || format.json)
+        }
         Command::Volume(args) => cluster::volume(&client()?, args.command, json || args.format.json).await,
         Command::Token(args) => cluster::token(&client()?, args.command, json || args.format.json).await,
         Command::Vm(args) => vm::vm(&client()?, args.command, json || args.format.json).await,

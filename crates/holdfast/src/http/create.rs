@@ -70,7 +70,10 @@ pub async fn command(agent: &Agent, request: api::CreateVm) -> Result<Command, A
             Some(image) => Some(look_at_image(agent, &state, image).await?),
             None => None,
         };
-        let size = disk_size(index, disk.size, filling.as_ref().map(|f| f.virtual_bytes))?;
+        let size = match &disk.file {
+            Some(file) => size_of_file(&state, index, disk, file)?,
+            None => disk_size(index, disk.size, filling.as_ref().map(|f| f.virtual_bytes))?,
+        };
         if !state.luns.contains_key(&disk.volume) {
             let (path, volume) = (agent.volume_path(&disk.volume, ""), disk.volume.clone());
             let room = blocking(move || Ok(room_at(&path))).await?;
@@ -128,13 +131,14 @@ fn compose(
     let directory = Vm::directory(id, &wanted.name);
     let disks = wanted.disks.iter().zip(sizes).enumerate();
     let disks = disks.map(|(index, (disk, size_bytes))| {
-        let format = match disk.format {
-            api::DiskFormat::Raw => DiskFormat::Raw,
-            api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
+        let format = match (disk.format, &disk.file) {
+            (api::DiskFormat::Qcow2, None) => DiskFormat::Qcow2,
+            _ => DiskFormat::Raw,
         };
+        let new = || format!("{directory}/disk{index}.{}", format.as_str());
         DiskSpec {
             volume: disk.volume.clone(),
-            file: format!("{directory}/disk{index}.{}", format.as_str()),
+            file: disk.file.clone().unwrap_or_else(new),
             size_bytes: *size_bytes,
             format,
         }
@@ -236,6 +240,22 @@ fn disk_size(index: usize, wanted: Option<api::Size>, image: Option<u64>) -> Res
             .filter(|size| *size > 0)
             .map_or_else(|| refuse("its image is empty".into()), Ok),
         (None, None) => refuse("it has no image, so its size has to be given".into()),
+    }
+}
+
+/// The size of a disk that is there already.
+fn size_of_file(state: &ClusterState, index: usize, disk: &api::DiskDefinition, file: &str) -> Result<u64, ApiError> {
+    let refuse = |text: String| Err(ApiError::invalid(format!("disk {index}: {text}")));
+    let Some(lun) = state.luns.get(&disk.volume) else {
+        return refuse(format!("volume {:?} is no LUN: only a LUN has files that no VM has", disk.volume));
+    };
+    if disk.size.is_some() || disk.image.is_some() {
+        return refuse(format!("{file:?} is as it is: name neither a size nor an image for it"));
+    }
+    match lun.files.get(file) {
+        Some(found) if found.vm.is_none() => Ok(found.bytes),
+        Some(_) => refuse(format!("{file:?} belongs to a VM")),
+        None => refuse(format!("there is no file {file:?} on volume {:?}: see `holdfast volume ls`", disk.volume)),
     }
 }
 

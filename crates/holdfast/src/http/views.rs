@@ -128,6 +128,17 @@ fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
             }
         }
     }
+    for (name, lun) in &state.luns {
+        if let Some(why) = &lun.journal.trouble {
+            warnings
+                .push(format!("volume {name} is not described on its LUN ({why}): see `holdfast volume check {name}`"));
+        }
+        if lun.importing {
+            warnings.push(format!(
+                "volume {name} is being imported; if that has broken off, remove it and import it again"
+            ));
+        }
+    }
     for vm in state.vms.values() {
         let waits = vm.hold.is_some() || holdfast_core::explain::waits_for_room(state, vm).is_some();
         if vm.desired.wants_qemu() && waits {
@@ -312,6 +323,17 @@ pub fn volume(
         vms: names(state.vms.values().filter(on_it).map(|vm| &vm.name)),
         added_ms: volume.added_ms,
     }
+}
+
+/// The files of a volume on a LUN.
+pub fn files(state: &ClusterState, lun: &Lun) -> Vec<api::FileView> {
+    let file = |(name, file): (&String, &LunFile)| api::FileView {
+        name: name.clone(),
+        size_bytes: file.bytes,
+        allocated_bytes: u64::from(file.slabs()) * lun.slab_bytes,
+        vm: file.vm.and_then(|vm| state.vms.get(&vm)).map(|vm| vm.name.clone()),
+    };
+    lun.files.iter().map(file).collect()
 }
 
 /// A job.

@@ -284,6 +284,14 @@ requests! {
     /// Chooses how long VMs stay on a node whose I/O is redirected.
     set_redirect_patience(seconds: u64) -> api::ClusterView =
         "PUT" "/api/v1/cluster/redirect-patience", &api::SetRedirectPatience { seconds };
+    /// Takes over a LUN that is a volume already.
+    import_volume(request: &api::ImportVolume) -> api::VolumeView = "POST" "/api/v1/volume-imports", request;
+    /// The files of a volume on a LUN.
+    volume_files(name: &str) -> Vec<api::FileView> = "GET" "/api/v1/volumes/{name}/files", &();
+    /// What a look at a LUN finds.
+    check_volume(name: &str) -> api::VolumeCheck = "GET" "/api/v1/volumes/{name}/check", &();
+    /// Writes a LUN's description anew.
+    repair_volume(name: &str) -> api::VolumeCheck = "POST" "/api/v1/volumes/{name}/repair", &();
     /// Adds a switch.
     add_switch(request: &api::AddSwitch) -> api::SwitchView = "POST" "/api/v1/switches", request;
     /// Creates a VM.

@@ -191,6 +191,7 @@ impl Cluster {
                 size: Some(Size(template.disk_bytes)),
                 format: template.format,
                 image: None,
+                file: None,
             }],
             nics: vec![NicDefinition { switch: SWITCH.into(), mac: None, vlan: None }],
             priority: template.priority,

@@ -22,6 +22,7 @@ mod fencing;
 mod flapping;
 mod full_disk;
 mod hand_over;
+mod import;
 mod keeper_killed;
 mod keeper_stopped;
 mod lun;

@@ -78,7 +78,7 @@ pub enum StoreError {
     TooSmall(u64),
     /// What is written there contradicts itself.
     #[error(
-        "the volume's description is damaged ({what}, at byte {at}): nothing was changed; restore the device's first MiBs from a copy, or import what can be read with `holdfast volume repair`"
+        "the volume's description is damaged ({what}, at byte {at}): nothing was changed; `holdfast volume repair` in the cluster that it belongs to writes it anew"
     )]
     Damaged {
         /// What does not fit.

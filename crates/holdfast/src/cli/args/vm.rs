@@ -104,7 +104,8 @@ pub struct CreateArgs {
     #[arg(long, default_value = "1G", value_name = "SIZE")]
     pub memory: api::Size,
     /// A disk: VOLUME[:SIZE][,format=raw|qcow2]; the boot disk first. Without SIZE
-    /// it is as large as its image.
+    /// it is as large as its image. VOLUME,file=PATH takes a disk that is there on an
+    /// imported LUN (see `holdfast volume ls`).
     #[arg(long, value_name = "VOLUME:SIZE", value_parser = disk)]
     pub disk: Vec<api::DiskDefinition>,
     /// Fill the first disk from this image: a file of the node that is asked, or
@@ -153,7 +154,7 @@ pub enum PriorityArg {
     None,
 }
 
-/// Reads `VOLUME[:SIZE][,format=raw|qcow2]`.
+/// Reads `VOLUME[:SIZE][,format=raw|qcow2][,file=PATH]`.
 fn disk(text: &str) -> Result<api::DiskDefinition, String> {
     let mut parts = text.split(',');
     let first = parts.next().unwrap_or_default();
@@ -167,15 +168,19 @@ fn disk(text: &str) -> Result<api::DiskDefinition, String> {
     if volume.is_empty() {
         return Err("name the volume: VOLUME:SIZE".into());
     }
-    let mut format = api::DiskFormat::Qcow2;
+    let (mut format, mut file) = (api::DiskFormat::Qcow2, None);
     for part in parts {
-        format = match part {
-            "format=raw" => api::DiskFormat::Raw,
-            "format=qcow2" => api::DiskFormat::Qcow2,
-            _ => return Err(format!("{part:?} is no setting of a disk: write format=raw or format=qcow2")),
-        };
+        match part.split_once('=') {
+            Some(("format", "raw")) => format = api::DiskFormat::Raw,
+            Some(("format", "qcow2")) => format = api::DiskFormat::Qcow2,
+            Some(("file", name)) => file = Some(name.to_owned()),
+            _ => {
+                let settings = "write format=raw, format=qcow2 or file=PATH";
+                return Err(format!("{part:?} is no setting of a disk: {settings}"));
+            }
+        }
     }
-    Ok(api::DiskDefinition { volume: volume.into(), size, format, image: None })
+    Ok(api::DiskDefinition { volume: volume.into(), size, format, image: None, file })
 }
 
 /// Reads `SWITCH[,mac=…][,vlan=…]`.
@@ -209,5 +214,7 @@ mod tests {
             (raw.volume.as_str(), raw.size, raw.format),
             ("main", Some(api::Size(20 << 30)), api::DiskFormat::Raw)
         );
+        let there = disk("san,file=vms/web-1/disk0.raw").unwrap();
+        assert_eq!((there.size, there.file.as_deref()), (None, Some("vms/web-1/disk0.raw")));
     }
 }

@@ -225,6 +225,7 @@ fn definition(name: &str, boot: Option<api::KernelBoot>) -> api::VmDefinition {
             size: None,
             format: api::DiskFormat::Qcow2,
             image: None,
+            file: None,
         }],
         nics: Vec::new(),
         priority: api::Priority::High,
@@ -247,7 +248,7 @@ prop_compose! {
                 kernel: format!("main:{kernel}"), initrd: initrd.map(|file| format!("main:{file}")), append,
             }),
             disks: disks.into_iter().map(|(volume, blocks, raw)| api::DiskDefinition {
-                volume, size: blocks.map(|blocks| api::Size(blocks * 512)), image: None,
+                volume, size: blocks.map(|blocks| api::Size(blocks * 512)), image: None, file: None,
                 format: if raw { api::DiskFormat::Raw } else { api::DiskFormat::Qcow2 },
             }).collect(),
             nics: nics.into_iter().enumerate().map(|(index, (switch, named, vlan))| api::NicDefinition {

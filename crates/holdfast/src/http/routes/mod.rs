@@ -4,6 +4,7 @@ mod cluster;
 mod console;
 mod fencing;
 mod jobs;
+mod luns;
 mod networks;
 mod nodes;
 mod quorum;
@@ -63,6 +64,10 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(volumes::show, volumes::rename, volumes::remove))
         .routes(routes!(volumes::set_owner))
         .routes(routes!(volumes::set_redirect))
+        .routes(routes!(luns::import))
+        .routes(routes!(luns::files))
+        .routes(routes!(luns::check))
+        .routes(routes!(luns::repair))
         .routes(routes!(vms::list, vms::create))
         .routes(routes!(vms::show, vms::delete))
         .routes(routes!(vms::start))

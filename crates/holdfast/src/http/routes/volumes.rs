@@ -37,7 +37,7 @@ async fn view(
     views::volume(state, name, volume, mounted_at, room, observed)
 }
 
-async fn one(served: &Served, name: &str) -> Result<api::VolumeView, ApiError> {
+pub(super) async fn one(served: &Served, name: &str) -> Result<api::VolumeView, ApiError> {
     let state = state(&served.agent)?;
     let volume = state.volumes.get(name).ok_or_else(|| ApiError::not_found("volume", name))?;
     let asked = state.nodes.keys().copied().filter(|node| {

@@ -112,6 +112,7 @@ pub fn definition(vm: &Vm) -> api::VmDefinition {
                 size: Some(api::Size(disk.size_bytes)),
                 format: format(disk.format),
                 image: None,
+                file: None,
             })
             .collect(),
         nics: spec.nics.iter().map(nic).collect(),

@@ -83,6 +83,7 @@ fn its_progress_is_told(cluster: &Cluster, share: usize) {
         size: None,
         format: DiskFormat::Raw,
         image: Some(format!("{VOLUME}:large.raw")),
+        file: None,
     };
     let vm = VmDefinition { disks: vec![disk], boot: None, ..cluster.definition(&VmTemplate::new("large", 109)) };
     let job = n1.create_vm(&CreateVm { vm, start: false }).unwrap();
