@@ -8,7 +8,9 @@
 mod target;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
@@ -56,6 +58,10 @@ const LOADS: [Load; 6] = [
 const OF_PEER: f64 = 1.0;
 const OF_FILE: f64 = 0.95;
 const FIRST_WRITE: f64 = 0.8;
+/// A LUN of so many slabs of 16 MiB is read, as before an import, within so many
+/// milliseconds.
+const SLABS: u64 = 100_000;
+const READ_MS: f64 = 5000.0;
 
 /// Measures every load `runs` times on everything.
 ///
@@ -109,7 +115,26 @@ pub fn run(runs: usize) -> Result<Vec<Row>> {
     }
     let name = "1 MiB sequential first writes, depth 8: a LUN beside a new file, MiB/s";
     rows.push(Row::of(name, &first).beside(&of_file).at_least(FIRST_WRITE));
+    rows.push(description(&server, &dir.path().join("described"), runs)?);
     Ok(rows)
+}
+
+/// Reads what stands on a LUN whose files are in as many pieces as can be.
+fn description(server: &Path, lun: &Path, runs: usize) -> Result<Row> {
+    // Nothing is written to most of it.
+    fs::File::create(lun).and_then(|file| file.set_len((SLABS + 16) * (16 << 20))).context("a LUN")?;
+    let slabs = SLABS.to_string();
+    let made = Command::new(server).arg("pieces").arg(lun).arg(&slabs).status().context("the volume server")?;
+    ensure!(made.success(), "the LUN could not be described");
+    let mut samples = Vec::new();
+    for _ in 0..runs {
+        let began = Instant::now();
+        let read = Command::new(server).arg("read").arg(lun).output().context("the volume server")?;
+        samples.push(began.elapsed());
+        ensure!(String::from_utf8_lossy(&read.stdout).trim() == slabs, "what stands on the LUN was not read");
+    }
+    let name = format!("reading a LUN's description, {SLABS} slabs in as many pieces");
+    Ok(Row::millis(&name, &samples).goal(READ_MS))
 }
 
 impl Load {
