@@ -1,11 +1,16 @@
 //! Whatever is listed or shown, `--json` shows to programs.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 
 use holdfast_lab::cluster::Cluster;
 use serde_json::Value;
 
 use crate::shell::Shell;
+
+/// A volume on a LUN, with the disk of a VM on it.
+const LUN: &str = "vol2";
+const LUN_BYTES: u64 = 480 << 20;
 
 /// Every command that lists or shows something: its words, what is asked for, where in
 /// the JSON a figure is and what it is there. `*` is the number of the last job.
@@ -21,6 +26,9 @@ const SHOWS: &[(&str, &str, &str, &str)] = &[
     ("switch list", "", "/0/kind", "external"),
     ("volume list", "", "/0/name", "vol1"),
     ("volume show", "vol1", "/reach/1/node", "n2"),
+    ("volume df", LUN, "/0/name", LUN),
+    ("volume ls", LUN, "/0/vm", "x"),
+    ("volume check", LUN, "/volume", LUN),
     ("vm list", "", "/0/name", "web"),
     ("vm show", "web", "/definition/name", "web"),
     ("job list", "", "/0/work", "create"),
@@ -37,6 +45,7 @@ const DOES: &[&str] = &[
     "cluster handover",
     "cluster init",
     "cluster profile",
+    "cluster redirect-patience",
     "completions",
     "demo",
     "job cancel",
@@ -67,7 +76,12 @@ const DOES: &[&str] = &[
     "vm start",
     "vm stop",
     "volume add",
+    "volume import",
+    "volume maintenance",
     "volume remove",
+    "volume rename",
+    "volume repair",
+    "volume set-owner",
 ];
 
 pub fn everything_shown_is_shown_to_programs_too(cluster: &Cluster) {
@@ -79,6 +93,10 @@ pub fn everything_shown_is_shown_to_programs_too(cluster: &Cluster) {
     let witness = cluster.on_volume("witness").display().to_string();
     n1.ok(&["quorum", "witness", "set", "--disk", &witness]);
     n1.ok(&["node", "fencing", "set", "n2", "--agent", "fence_test", "--option", "plug=2"]);
+    let device = cluster.lab().directory().join("lun");
+    File::create(&device).unwrap().set_len(LUN_BYTES).unwrap();
+    n1.ok(&["volume", "add", LUN, "--lun", &device.display().to_string()]);
+    n1.ok(&["vm", "create", "x", "--memory", "128M", "--disk", "vol2:64M,format=raw"]);
     let jobs = cluster.client("n1").jobs().unwrap();
     let last = jobs.iter().rfind(|job| job.vm == "e").expect("a job").id.to_string();
     for (command, of, at, value) in SHOWS {
