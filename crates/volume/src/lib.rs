@@ -38,5 +38,6 @@ pub use export::{DiskSpec, Export, Fence, LunDisk, Open, OpenError};
 pub use parts::{Allocator, Grant, Refusal, Release, Wanted};
 pub use paths::{Carried, Hears, Reach};
 pub use pipe::Pipe;
+pub use remote::SETTLES_WITHIN;
 pub use server::{Hosted, Server};
 pub use tally::Counters;

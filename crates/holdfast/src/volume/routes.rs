@@ -14,7 +14,7 @@ use anyhow::{Context as _, bail};
 use holdfast_core::{LunPath, NodeId};
 use holdfast_volume::link::{Guests, Hello, Lease, Link, Refused, Welcome, Welcomed, answer};
 use holdfast_volume::lun::{Geometry, Superblock};
-use holdfast_volume::{Carried, Hosted, Lun, Pipe, Reach, Server};
+use holdfast_volume::{Carried, Hosted, Lun, Pipe, Reach, SETTLES_WITHIN, Server};
 use rustls::ClientConfig;
 use uuid::Uuid;
 
@@ -147,9 +147,17 @@ impl Ways {
     /// Opens a LUN by whichever way there is.
     pub fn open(&self, volume: Uuid, device: &Path, patience: Duration) -> anyhow::Result<(Lun, Geometry, Through)> {
         let direct = open_here(volume, device, patience);
+        // No way at all is used before that is over: it may land after whatever comes then.
+        let direct = match direct {
+            Err(why) if why.is::<UnderWay>() => return Err(why),
+            other => other,
+        };
         let owner = self.known(volume).and_then(|routes| routes.owner);
         let mut welcomed = None;
         if let (Err(why), Some(owner)) = (&direct, &owner) {
+            if Lun::is_address(device) {
+                std::thread::sleep(SETTLES_WITHIN);
+            }
             let (mut link, _) = self.link(volume, owner)?;
             let asked = link.look(LOOK_WITHIN).with_context(|| format!("{why:#}; through node {}", owner.node))?;
             welcomed = Some(asked);
@@ -333,12 +341,17 @@ fn path(known: &Mutex<BTreeMap<Uuid, Routes>>, volume: Uuid, reach: &Reach) -> L
     }
 }
 
+/// An earlier life of this server had handed I/O to the kernel that is not over.
+#[derive(Debug, thiserror::Error)]
+#[error("I/O of an earlier volume server is still under way on {}", .0.display())]
+struct UnderWay(PathBuf);
+
 /// Opens a LUN by this host's own way, and makes sure which it is.
 fn open_here(volume: Uuid, device: &Path, patience: Duration) -> anyhow::Result<(Lun, Geometry)> {
     let lun = Lun::open(device)?;
     // What an earlier life of this server had on its way may still land.
     if !lun.outlive_others(patience)? {
-        bail!("I/O of an earlier volume server is still under way on {}", device.display());
+        bail!(UnderWay(device.to_owned()));
     }
     let Superblock { identity, geometry, .. } = Superblock::read(&lun)?;
     if identity.volume != volume {

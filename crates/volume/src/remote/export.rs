@@ -19,7 +19,7 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(2);
 const UNACKNOWLEDGED_MS: u32 = 5_000;
 /// What a server had taken in when a connection broke, it has done by then. The
 /// protocol has no way to ask: see decision 0024.
-pub(crate) const SETTLES_WITHIN: Duration = Duration::from_secs(1);
+pub const SETTLES_WITHIN: Duration = Duration::from_secs(1);
 
 /// An export, as it is connected to.
 pub(crate) struct Export {

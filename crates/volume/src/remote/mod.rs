@@ -28,7 +28,8 @@ use crate::pipe::Pipe;
 /// How a request ends that came after the right to do it.
 pub(crate) const LATE: i32 = nix::libc::ETIME;
 
-pub(crate) use export::{SETTLES_WITHIN, connect};
+pub use export::SETTLES_WITHIN;
+pub(crate) use export::connect;
 
 /// When it is certain that a request whose connection broke is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -95,6 +95,10 @@ impl<D: Dialect> Worker<D> {
             }
             self.settle();
             if ended && self.sent.is_empty() && self.unsure.is_empty() {
+                // Without a connection of this life, an earlier one's may be under way.
+                if self.pipe.is_some() {
+                    self.dialect.closed();
+                }
                 return;
             }
             if let Err(error) = self.sleep() {
