@@ -114,8 +114,13 @@ impl Agent {
             // This node was removed: another decides, and needs a vote for that.
             wanted.voters.insert(member.me);
         }
-        let addresses =
-            |ids: &BTreeSet<NodeId>| -> Addresses { ids.iter().map(|id| (*id, address(state, member, *id))).collect() };
+        // Whoever takes over counts this node's vote until it has ended it.
+        let mine = settled.as_ref().and_then(|(voters, _)| voters.get(&member.me)).cloned();
+        let address = |id: NodeId| match &mine {
+            Some(mine) if leaves && id == member.me => mine.clone(),
+            _ => address(state, member, id),
+        };
+        let addresses = |ids: &BTreeSet<NodeId>| -> Addresses { ids.iter().map(|id| (*id, address(*id))).collect() };
         let members = (addresses(&wanted.voters), addresses(&wanted.learners));
         let votes_as_wanted = participants.voters.len() == 1 && participants.voters[0] == wanted.voters;
         if !votes_as_wanted || settled.as_ref() != Some(&members) {
@@ -157,7 +162,7 @@ fn address(state: &ClusterState, member: &Member, id: NodeId) -> String {
             let addresses: Vec<_> = peers::addresses(state, node).iter().map(ToString::to_string).collect();
             addresses.join(",")
         }
-        // A node that was removed while it coordinates: nobody calls it.
+        // A node that was removed just when it began to coordinate.
         None => format!("node {}", member.me),
     }
 }

@@ -22,6 +22,8 @@ use crate::identity::digest;
 
 /// The word with which a node is told that it was removed.
 pub const REMOVED: &str = "removed";
+/// How the paths begin over which participants of consensus call each other.
+const FOR_CONSENSUS: &str = "/node/consensus/";
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +95,13 @@ fn admit(state: &ClusterState, peer: &Peer, path: &str, bearer: Option<&str>) ->
             // knows, and the news may come from that very node. One that it
             // knows to be gone was removed, and removal ends its rights.
             if *node <= state.last_node && !state.nodes.contains_key(node) {
+                // Its vote is still counted: without it nobody could end it.
+                if state.voters.contains(node) {
+                    return match path.starts_with(FOR_CONSENSUS) {
+                        true => Ok(Caller(format!("node {node}"))),
+                        false => forbidden("a node that is being removed only votes until its vote is ended"),
+                    };
+                }
                 return Err(ApiError::new(REMOVED, format!("node {node} was removed from the cluster")));
             }
             Ok(Caller(state.node_name(*node)))
@@ -153,7 +162,8 @@ mod tests {
     fn state() -> ClusterState {
         let mut state = ClusterState::default();
         state.last_node = NodeId(3);
-        for (id, name) in [(1, "n1"), (3, "n3")] {
+        state.voters = [NodeId(1), NodeId(3)].into();
+        for (id, name) in [(1, "n1")] {
             let node = Node {
                 id: NodeId(id),
                 name: name.into(),
@@ -181,7 +191,8 @@ mod tests {
             .route("/api/v1/join", who.clone())
             .route("/api/v1/vms", who.clone())
             .route("/metrics", who.clone())
-            .route("/node/report", who)
+            .route("/node/report", who.clone())
+            .route("/node/consensus/vote", who)
             .layer(axum::middleware::from_fn_with_state(changes, gate));
         let mut request = Request::get(path).extension(peer);
         if let Some(token) = token {
@@ -211,6 +222,9 @@ mod tests {
             (stranger(), "/api/v1/join", None, 200, "a joining host"),
             (node(1), "/node/report", None, 200, "n1"),
             (node(2), "/node/report", None, 403, r#""code":"removed""#),
+            // Its vote is still counted.
+            (node(3), "/node/report", None, 403, "until its vote is ended"),
+            (node(3), "/node/consensus/vote", None, 200, "node 3"),
             // Newer than this node's knowledge: it may be the one that brings it.
             (node(4), "/node/report", None, 200, "node 4"),
             (node(1), "/api/v1/vms", None, 401, "no_token"),
