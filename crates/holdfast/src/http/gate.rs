@@ -163,7 +163,7 @@ mod tests {
         let mut state = ClusterState::default();
         state.last_node = NodeId(3);
         state.voters = [NodeId(1), NodeId(3)].into();
-        for (id, name) in [(1, "n1")] {
+        for (id, name) in std::iter::once((1, "n1")) {
             let node = Node {
                 id: NodeId(id),
                 name: name.into(),
