@@ -11,7 +11,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Lun, LunFile, Mapped, NodeId, NodeTerm, Slabs, insert_slabs};
+use super::slabs::{insert_slabs, remove_slabs};
+use super::{Lun, LunFile, Mapped, NodeId, NodeTerm, Slabs};
 
 /// Who writes a LUN's journal, and what is known of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,7 +87,12 @@ impl Lun {
             let (end, slabs) = (run.part.saturating_add(run.count), run.slab.saturating_add(run.count));
             let after = file.parts.last().map_or(0, |last| last.part + last.count);
             let taken = Slabs { first: run.slab, count: run.count };
-            if run.count == 0 || run.part < after || end > most || slabs > self.slabs || !cut(&mut self.free, taken) {
+            if run.count == 0
+                || run.part < after
+                || end > most
+                || slabs > self.slabs
+                || !remove_slabs(&mut self.free, taken)
+            {
                 return Err(format!("file {name:?} has parts or slabs that cannot be its own: {run:?}"));
             }
             file.parts.push(*run);
@@ -98,20 +104,6 @@ impl Lun {
     pub fn freed_slabs(&self) -> u32 {
         self.freed.iter().flat_map(|freed| &freed.slabs).map(|run| run.count).sum()
     }
-}
-
-/// Takes a run out of runs that are in order and joined; `false` if not all of it is
-/// in them.
-fn cut(runs: &mut Vec<Slabs>, wanted: Slabs) -> bool {
-    let Some(at) = runs.partition_point(|run| run.first <= wanted.first).checked_sub(1) else { return false };
-    let run = runs[at];
-    if wanted.end() > run.end() {
-        return false;
-    }
-    let before = Slabs { first: run.first, count: wanted.first - run.first };
-    let after = Slabs { first: wanted.end(), count: run.end() - wanted.end() };
-    runs.splice(at..=at, [before, after].into_iter().filter(|rest| rest.count > 0));
-    true
 }
 
 #[cfg(test)]

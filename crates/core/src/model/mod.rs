@@ -10,6 +10,7 @@ mod journal;
 mod lun;
 mod network;
 mod node;
+mod slabs;
 mod vm;
 mod witness;
 
@@ -20,9 +21,9 @@ pub use fencing::*;
 pub use ids::*;
 pub use job::*;
 pub use journal::*;
-use lun::insert_slabs;
 pub use lun::*;
 pub use network::*;
 pub use node::*;
+pub use slabs::Slabs;
 pub use vm::*;
 pub use witness::*;

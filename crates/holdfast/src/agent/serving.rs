@@ -568,7 +568,7 @@ impl Agent {
                 // Before the volume server hears of it: a guest that writes there may be
                 // handed over the next moment.
                 self.follow(member, line, disk, |file| {
-                    let one_by_one = found.iter().flat_map(|run| (0..run.count).map(|n| (run.part + n, run.slab + n)));
+                    let one_by_one = found.iter().copied().flat_map(Mapped::one_by_one);
                     one_by_one.for_each(|(part, slab)| file.put(part, slab));
                 });
                 Answer::Mapped(found)

@@ -338,7 +338,7 @@ impl Disks {
     }
 
     fn serve(&self, call: u64, disk: Disk) -> anyhow::Result<()> {
-        let parts: Vec<_> = disk.parts.iter().flat_map(one_by_one).collect();
+        let parts: Vec<_> = disk.parts.iter().copied().flat_map(Mapped::one_by_one).collect();
         let known = self.book().served.contains_key(&disk.id());
         let listener = if known { None } else { Some(self.sockets.wait(&disk.socket, SOCKET_WITHIN)?) };
         let (lun, geometry) = self.open(disk.volume_id, &disk.device)?;
@@ -466,9 +466,4 @@ impl Disks {
         }
         Ok(())
     }
-}
-
-fn one_by_one(run: &Mapped) -> impl Iterator<Item = (u32, u32)> + use<> {
-    let run = *run;
-    (0..run.count).map(move |step| (run.part + step, run.slab + step))
 }

@@ -96,7 +96,7 @@ impl<R> Returns<R> {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_core::{Lun, NodeId, NodeTerm, VmId};
+    use holdfast_core::{Lun, Mapped, NodeId, NodeTerm, VmId};
     use proptest::prelude::*;
 
     use super::*;
@@ -181,8 +181,7 @@ mod tests {
             self.answers.clear();
             self.asked.iter_mut().for_each(|(id, _)| *id = u64::MAX);
             let parts = &self.lun.files["disk"].parts;
-            let one_by_one = parts.iter().flat_map(|run| (0..run.count).map(|n| (run.part + n, run.slab + n)));
-            self.present = one_by_one.collect();
+            self.present = parts.iter().copied().flat_map(Mapped::one_by_one).collect();
         }
 
         fn step(&mut self, step: &Step) {

@@ -146,8 +146,7 @@ fn act(todo: Todo<Grant>, pool: &Pool, agent: Option<&Sender<ToAgent>>) {
         Todo::Ask(id, ask) => drop(agent.map(|agent| agent.send(ToAgent::Ask { id, ask }))),
         Todo::Wipe(slab) => drop(pool.wiper.as_ref().map(|wiper| wiper.send(slab))),
         Todo::Give(grant, found) => {
-            let one_by_one = |run: Mapped| (0..run.count).map(move |step| (run.part + step, run.slab + step));
-            grant.give(&found.into_iter().flat_map(one_by_one).collect::<Vec<_>>());
+            grant.give(&found.into_iter().flat_map(Mapped::one_by_one).collect::<Vec<_>>());
         }
         // Dropped, it is asked for again a moment later.
         Todo::Later(grant) => drop(grant),

@@ -452,7 +452,7 @@ mod tests {
     }
 
     fn one_by_one(runs: &[Mapped]) -> impl Iterator<Item = (u32, u32)> {
-        runs.iter().flat_map(|run| (0..run.count).map(|step| (run.part + step, run.slab + step)))
+        runs.iter().copied().flat_map(Mapped::one_by_one)
     }
 
     fn step() -> impl Strategy<Value = Step> {
