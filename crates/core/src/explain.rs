@@ -35,9 +35,8 @@ pub fn waits_for<'a>(state: &'a ClusterState, vm: &'a Vm) -> Option<(&'a str, &'
 /// The full volume that a VM waits for: its guest stands still in a write that finds no
 /// room, and goes on when there is some.
 pub fn waits_for_room<'a>(state: &'a ClusterState, vm: &'a Vm) -> Option<&'a str> {
-    let full = |disk: &&DiskSpec| state.luns.get(&disk.volume).is_some_and(|lun| lun.free_slabs() == 0);
     let stands = vm.desired == Desired::Running && vm.seen == Seen::Paused && vm.placement != Placement::Nowhere;
-    vm.spec.disks.iter().filter(|_| stands).find(full).map(|disk| disk.volume.as_str())
+    stands.then(|| state.full_volume(&vm.spec)).flatten()
 }
 
 /// How a VM stands, in one sentence.

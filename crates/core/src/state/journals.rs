@@ -20,11 +20,6 @@ impl ClusterState {
         }
     }
 
-    /// Whether a node is in the term under which it writes journals.
-    fn lasts(&self, writer: Writer) -> bool {
-        self.nodes.get(&writer.node).is_some_and(|node| node.is_up() && node.term == writer.term)
-    }
-
     /// Why a node does not write a LUN's journal, if it does not and is not to begin.
     ///
     /// # Errors
@@ -33,10 +28,11 @@ impl ClusterState {
         let name = self.node_name(writer.node);
         let lun = self.luns.get(volume).ok_or_else(|| Refusal::unknown("volume", volume))?;
         lun.at_rest(volume)?;
-        if !self.lasts(writer) || self.journal_keeper(volume) != Some(writer.node) {
+        let lasts = |writer: &Writer| self.is_in_term(writer.node, writer.term);
+        if !lasts(&writer) || self.journal_keeper(volume) != Some(writer.node) {
             return Err(Refusal::Conflict(format!("{name} is not the one to describe volume {volume:?}")));
         }
-        match lun.journal.writer.filter(|known| *known != writer && self.lasts(*known)) {
+        match lun.journal.writer.filter(|known| *known != writer && lasts(known)) {
             Some(other) => {
                 let other = self.node_name(other.node);
                 Err(Refusal::Conflict(format!("{other} still describes volume {volume:?}")))

@@ -22,13 +22,10 @@ impl ClusterState {
         most: u32,
     ) -> Executed {
         let node = self.nodes.get(&id).ok_or_else(|| Refusal::unknown("node", id))?;
-        if !node.is_up() || node.term != term {
+        if !self.is_in_term(id, term) {
             return Err(Refusal::Conflict(format!("{} is not in term {term} any more", node.name)));
         }
-        let over = |(id, taken): (&NodeId, &Taken)| {
-            let lasts = self.nodes.get(id).is_some_and(|node| node.is_up() && node.term == taken.term);
-            (!lasts).then_some(*id)
-        };
+        let over = |(id, taken): (&NodeId, &Taken)| (!self.is_in_term(*id, taken.term)).then_some(*id);
         let lun = self.luns.get(volume).ok_or_else(|| Refusal::unknown("volume", volume))?;
         let over: Vec<_> = lun.taken.iter().filter_map(over).collect();
         let Some(lun) = self.luns.get_mut(volume) else { return Err(Refusal::unknown("volume", volume)) };

@@ -163,15 +163,31 @@ impl ClusterState {
         self.vms.values().find(|vm| vm.name == name)
     }
 
+    /// Whether a node is in a term: every right that it was given in another is void.
+    pub fn is_in_term(&self, node: NodeId, term: NodeTerm) -> bool {
+        self.nodes.get(&node).is_some_and(|node| node.is_up() && node.term == term)
+    }
+
     /// Whether a right to run a VM is void: its node is gone, lost, or was
     /// admitted anew since.
     pub fn is_void(&self, tenure: &Tenure) -> bool {
-        self.nodes.get(&tenure.node).is_none_or(|node| !node.is_up() || node.term != tenure.term)
+        !self.is_in_term(tenure.node, tenure.term)
     }
 
     /// Whether the right of a volume's owner is void.
     pub fn is_owner_void(&self, owner: &Owner) -> bool {
-        self.nodes.get(&owner.node).is_none_or(|node| !node.is_up() || node.term != owner.term)
+        !self.is_in_term(owner.node, owner.term)
+    }
+
+    /// The name of the volume with this identity.
+    pub fn volume_named_by(&self, id: uuid::Uuid) -> Option<&String> {
+        self.volumes.iter().find(|(_, volume)| volume.id == id).map(|(name, _)| name)
+    }
+
+    /// A full volume that a VM has a disk on.
+    pub fn full_volume<'a>(&self, spec: &'a VmSpec) -> Option<&'a str> {
+        let full = |disk: &&DiskSpec| self.luns.get(&disk.volume).is_some_and(|lun| lun.free_slabs() == 0);
+        spec.disks.iter().find(full).map(|disk| disk.volume.as_str())
     }
 
     /// Who owns a volume, if its right is not void.

@@ -354,8 +354,7 @@ impl Guest {
                 self.say(epoch, Run::Paused);
                 // It would stand still again at once. The next change of the state wakes.
                 let state = self.agent.state();
-                let full = |disk: &DiskSpec| state.luns.get(&disk.volume).is_some_and(|lun| lun.free_slabs() == 0);
-                if state.vms.get(&self.vm).is_some_and(|vm| vm.spec.disks.iter().any(full)) {
+                if state.vms.get(&self.vm).is_some_and(|vm| state.full_volume(&vm.spec).is_some()) {
                     return Ok(Next::Wait);
                 }
                 if self.disk_tried.is_none_or(|at| at.elapsed() >= DISK_AGAIN) {

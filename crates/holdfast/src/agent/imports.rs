@@ -10,7 +10,7 @@ use holdfast_volume::Lun;
 use holdfast_volume::lun::{Agreed, Contents, Geometry, Identity, Inspection, Store, Superblock, inspect};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::luns::open;
+use super::luns::{open, valid_lun};
 use super::volumes::on_disk;
 use super::{Agent, Failure, Member};
 
@@ -43,16 +43,8 @@ impl Agent {
     /// It holds no volume or a damaged one, belongs to another cluster and was not named,
     /// or is not the same on all nodes; the name is taken.
     pub async fn import_lun(&self, by: &str, name: &str, device: &str, take: Option<&str>) -> Result<(), Failure> {
-        let member = self.member()?;
-        state::valid_name("volume", name)?;
-        let path = PathBuf::from(device);
-        if !path.is_absolute() && !Lun::is_address(&path) {
-            return Err(Refusal::Invalid(format!("{device:?} is neither an absolute path nor nbd://...")).into());
-        }
-        let state = self.state();
-        if state.volumes.contains_key(name) {
-            return Err(Refusal::Duplicate { what: "volume".into(), name: name.into() }.into());
-        }
+        let (member, path, state) = (self.member()?, PathBuf::from(device), self.state());
+        valid_lun(&state, name, &path)?;
         let here = |why: String| Failure::other("bad_lun", format!("{}: {why}", state.node_name(member.me)));
         let (lun, store) = on_disk(move || {
             let lun = open(&path)?;
@@ -62,7 +54,7 @@ impl Agent {
         .await
         .map_err(here)?;
         let before = store.superblock().identity.clone();
-        if let Some((known, _)) = state.volumes.iter().find(|(_, volume)| volume.id == before.volume) {
+        if let Some(known) = state.volume_named_by(before.volume) {
             return Err(Refusal::Conflict(format!("{device} is volume {known:?} of this cluster already")).into());
         }
         if before.cluster != state.cluster.id && take != Some(before.name.as_str()) {

@@ -72,8 +72,7 @@ impl Agent {
         let (mut told, mut failures) = (None, 0);
         loop {
             let state = changes.borrow_and_update().clone();
-            let named = state.volumes.iter().find(|(_, volume)| volume.id == id).map(|(name, _)| name.clone());
-            let Some(volume) = named else {
+            let Some(volume) = state.volume_named_by(id).cloned() else {
                 if let Some((epoch, _)) = told {
                     self.end_description(member, id, epoch).await;
                 }
@@ -86,7 +85,7 @@ impl Agent {
                 }
                 Step::Claim => {
                     let claim = Command::ClaimJournal { volume: volume.clone(), writer: me };
-                    if let Err(error) = self.execute(&self.by(member), claim).await {
+                    if let Err(error) = self.execute(&member.by(), claim).await {
                         tracing::debug!(%error, volume, "its description is not claimed");
                         sleep(AGAIN).await;
                     }
@@ -119,10 +118,6 @@ impl Agent {
                 }
             }
         }
-    }
-
-    fn by(&self, member: &Member) -> String {
-        format!("node {}", member.me)
     }
 
     /// Says what of the LUN's files is agreed on; returns when it stands there.
@@ -191,7 +186,7 @@ impl Agent {
         ends: bool,
     ) {
         let written = Command::JournalWritten { volume: volume.to_owned(), writer, outcome, repaired, ends };
-        if let Err(error) = self.execute(&self.by(member), written).await {
+        if let Err(error) = self.execute(&member.by(), written).await {
             tracing::debug!(%error, volume, "what became of its description is not known to the cluster");
         }
     }

@@ -46,16 +46,8 @@ impl Agent {
     /// The device is missing, holds data that were not named to be erased, or is not
     /// the same on all nodes; the name is taken.
     pub async fn add_lun(&self, by: &str, name: &str, device: &str, erase: Option<&str>) -> Result<(), Failure> {
-        let member = self.member()?;
-        state::valid_name("volume", name)?;
-        let device = PathBuf::from(device);
-        if !device.is_absolute() && !Lun::is_address(&device) {
-            return Err(Refusal::Invalid(format!("{device:?} is neither an absolute path nor nbd://...")).into());
-        }
-        let state = self.state();
-        if state.volumes.contains_key(name) {
-            return Err(Refusal::Duplicate { what: "volume".into(), name: name.into() }.into());
-        }
+        let (member, device, state) = (self.member()?, PathBuf::from(device), self.state());
+        valid_lun(&state, name, &device)?;
         if let Some((other, _)) = state.volumes.iter().find(|(_, volume)| on(volume) == Some(device.as_path())) {
             return Err(Refusal::Conflict(format!("volume {other:?} is on {} already", device.display())).into());
         }
@@ -154,6 +146,18 @@ impl Agent {
             Ok(LunSeen { bytes: lun.bytes() })
         })
         .await
+    }
+}
+
+/// Whether there can be a volume with this name on a device, by what they look like.
+pub(super) fn valid_lun(state: &ClusterState, name: &str, device: &Path) -> Result<(), Failure> {
+    state::valid_name("volume", name)?;
+    if !device.is_absolute() && !Lun::is_address(device) {
+        return Err(Refusal::Invalid(format!("{device:?} is neither an absolute path nor nbd://...")).into());
+    }
+    match state.volumes.contains_key(name) {
+        true => Err(Refusal::Duplicate { what: "volume".into(), name: name.into() }.into()),
+        false => Ok(()),
     }
 }
 

@@ -163,6 +163,6 @@ fn address(state: &ClusterState, member: &Member, id: NodeId) -> String {
             addresses.join(",")
         }
         // A node that was removed just when it began to coordinate.
-        None => format!("node {}", member.me),
+        None => member.by(),
     }
 }

@@ -107,6 +107,13 @@ struct Member {
     serving: serving::Serving,
 }
 
+impl Member {
+    /// Who asks when this node itself does.
+    fn by(&self) -> String {
+        format!("node {}", self.me)
+    }
+}
+
 /// Milliseconds since the Unix epoch.
 pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)

@@ -116,7 +116,7 @@ impl Agent {
     fn say_paths(&self, member: &Member) {
         let state = member.consensus.state().borrow().clone();
         let mut paths = member.serving.paths.known().paths();
-        paths.retain(|id, _| state.volumes.values().any(|volume| volume.id == *id));
+        paths.retain(|id, _| state.volume_named_by(*id).is_some());
         member.reports.say(|report| report.paths = paths);
     }
 

@@ -260,7 +260,7 @@ impl Agent {
     /// Sees to it that nothing is given back any more that this node's volume server has
     /// asked for by now.
     async fn void_unmaps(&self, member: &'static Member) {
-        let by = format!("node {}", member.me);
+        let by = member.by();
         while let Err(error) = self.execute(&by, Command::VoidUnmaps { node: member.me }).await {
             tracing::debug!(%error, "no disk is served yet");
             sleep(ASK_AGAIN).await;
@@ -527,7 +527,7 @@ impl Agent {
     }
 
     async fn answer(&self, member: &'static Member, line: &Line, ask: Ask) -> Answer {
-        let by = format!("node {}", member.me);
+        let by = member.by();
         let _ = line.adopted.subscribe().wait_for(|adopted| *adopted).await;
         let unmapped = match &ask {
             Ask::Unmap { parts, .. } => parts.clone(),
@@ -535,9 +535,7 @@ impl Agent {
         };
         let (command, disk) = match ask {
             Ask::Take { volume_id, known, most } => {
-                let state = self.state();
-                let found = state.volumes.iter().find(|(_, volume)| volume.id == volume_id);
-                let Some(volume) = found.map(|(name, _)| name.clone()) else {
+                let Some(volume) = self.state().volume_named_by(volume_id).cloned() else {
                     // It was removed, and nobody has a disk there.
                     return Answer::Slabs(Taking::default());
                 };
