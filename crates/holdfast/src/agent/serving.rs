@@ -2,7 +2,9 @@
 //! questions to the cluster. It keeps nothing itself: each of its lives is told all
 //! of it again.
 
-use std::collections::{BTreeMap, HashMap};
+mod line;
+
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,16 +12,18 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use holdfast_core::*;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{oneshot, watch};
+use tokio::net::unix::OwnedReadHalf;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::routes::{Paths, Traffic};
 use super::{Agent, Member};
 use crate::keeper::protocol::Request;
+pub(super) use line::{CallError, Line};
+
 use crate::volume::protocol::{Answer, Ask, Call, Disk, DiskId, LONGEST_LINE, SOCKET, ToAgent, ToServer};
 
 /// How long the volume server may take to open a disk.
@@ -77,58 +81,6 @@ impl Serving {
     }
 }
 
-/// One connection to one life of the volume server.
-pub(super) struct Line {
-    number: u64,
-    /// What was agreed on before it began is known here: its questions can be answered.
-    adopted: watch::Sender<bool>,
-    writer: tokio::sync::Mutex<OwnedWriteHalf>,
-    calls: Mutex<HashMap<u64, oneshot::Sender<Result<(), String>>>>,
-    next: AtomicU64,
-}
-
-impl Line {
-    async fn say(&self, word: &ToServer) -> anyhow::Result<()> {
-        let mut line = serde_json::to_vec(word)?;
-        line.push(b'\n');
-        Ok(self.writer.lock().await.write_all(&line).await?)
-    }
-
-    /// Says a call; calls are begun in the order in which they are said.
-    pub(super) async fn say_call(&self, call: Call) -> anyhow::Result<oneshot::Receiver<Result<(), String>>> {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let (tell, told) = oneshot::channel();
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner).insert(id, tell);
-        self.say(&ToServer::Call { id, call }).await?;
-        Ok(told)
-    }
-
-    pub(super) async fn call(&self, call: Call, within: Duration) -> Result<(), CallError> {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let (tell, told) = oneshot::channel();
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner).insert(id, tell);
-        let answered = timeout(within, async {
-            self.say(&ToServer::Call { id, call }).await?;
-            told.await.context("the volume server ended")
-        });
-        let answered = answered.await;
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        let answered = answered.context("the volume server does not answer").and_then(|answered| answered);
-        answered.map_err(CallError::Unknown)?.map_err(CallError::Refused)
-    }
-}
-
-/// Why a call to the volume server was not answered with success.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum CallError {
-    /// It says that it did not do it.
-    #[error("{0}")]
-    Refused(String),
-    /// It may have done it, or do it later.
-    #[error(transparent)]
-    Unknown(anyhow::Error),
-}
-
 impl Agent {
     fn volume_socket(&self) -> PathBuf {
         self.0.config.run_dir.join(SOCKET)
@@ -176,13 +128,8 @@ impl Agent {
     async fn serve_one_life(&self, member: &'static Member) -> anyhow::Result<()> {
         let stream = UnixStream::connect(self.volume_socket()).await?;
         let (reader, writer) = stream.into_split();
-        let line = Arc::new(Line {
-            number: member.serving.connections.fetch_add(1, Ordering::Relaxed) + 1,
-            adopted: watch::Sender::new(false),
-            writer: tokio::sync::Mutex::new(writer),
-            calls: Mutex::default(),
-            next: AtomicU64::new(1),
-        });
+        let number = member.serving.connections.fetch_add(1, Ordering::Relaxed) + 1;
+        let line = Arc::new(Line::new(number, writer));
         let told = async {
             let mut state = self.agreed_so_far(member).await;
             if has_lun_disks(&state, member.me) {
@@ -499,12 +446,7 @@ impl Agent {
                 bail!("the volume server ended");
             }
             match serde_json::from_slice(&bytes)? {
-                ToAgent::Reply { id, result } => {
-                    let call = line.calls.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-                    if let Some(call) = call {
-                        let _ = call.send(result);
-                    }
-                }
+                ToAgent::Reply { id, result } => line.answered(id, result),
                 ToAgent::Path { volume_id, path } => self.path_is(member, volume_id, path),
                 ToAgent::Redirected { volume_id, requests, bytes } => {
                     self.redirected(member, volume_id, Traffic { requests, bytes });
@@ -637,37 +579,4 @@ fn parts_of(state: &ClusterState, vm: VmId, disk: u32) -> Vec<Mapped> {
         state.luns.get(&disk.volume)?.files.get(&disk.file)
     };
     file().map_or_else(Vec::new, |file| file.parts.clone())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn only_an_answer_says_that_a_call_did_nothing() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let line = Line {
-            number: 1,
-            adopted: watch::Sender::new(true),
-            writer: tokio::sync::Mutex::new(ours.into_split().1),
-            calls: Mutex::default(),
-            next: AtomicU64::new(1),
-        };
-        let call = || line.call(Call::Only(Vec::new()), Duration::from_secs(60));
-        let mut theirs = BufReader::new(theirs);
-        let mut word = String::new();
-        let refusing = async {
-            theirs.read_line(&mut word).await.unwrap();
-            let refused = line.calls.lock().unwrap().remove(&1).unwrap();
-            refused.send(Err("no such device".into())).unwrap();
-        };
-        let (refused, ()) = tokio::join!(call(), refusing);
-        assert!(matches!(refused, Err(CallError::Refused(why)) if why == "no such device"));
-
-        let mute = line.call(Call::Only(Vec::new()), Duration::ZERO).await;
-        assert!(matches!(mute, Err(CallError::Unknown(_))), "{mute:?}");
-        drop(theirs);
-        let gone = call().await;
-        assert!(matches!(gone, Err(CallError::Unknown(_))), "{gone:?}");
-    }
 }
