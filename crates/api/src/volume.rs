@@ -90,7 +90,7 @@ pub enum VolumeKind {
 }
 
 /// How a node reaches a volume.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Reach {
     /// The node.
     pub node: String,

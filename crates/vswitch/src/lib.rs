@@ -3,11 +3,11 @@
 //! A virtual switch is a Linux bridge, a NIC of a VM is a tap on it:
 //!
 //! ```text
-//!   guest ── tap hftXXXXXXXX-0 ──┐
-//!   guest ── tap hftYYYYYYYY-0 ──┴─ bridge hf-NAME ── uplink NIC ── fabric    external
+//!   guest ── tap hft1a2b3c4d-0 ──┐
+//!   guest ── tap hft5e6f7a8b-0 ──┴─ bridge hf-NAME ── uplink NIC ── fabric    external
 //!                                   bridge hf-NAME ── the host's IP stack     internal
 //!                                   bridge hf-NAME                            private
-//!   guest ── tap hftZZZZZZZZ-0 ──── bridge vmbr0 (the host's own) ── NIC      external, uplink is a bridge
+//!   guest ── tap hft9c0d1e2f-0 ──── bridge vmbr0 (the host's own) ── NIC      external, uplink is a bridge
 //! ```
 //!
 //! This is the only crate that names netlink. Everything acts in the network namespace of the

@@ -190,11 +190,7 @@ fn holds(contents: &Contents) -> String {
 }
 
 fn agreed(lun: &holdfast_core::Lun) -> BTreeMap<String, Agreed> {
-    let file = |(name, file): (&String, &LunFile)| {
-        let runs = file.parts.iter().map(|run| (run.part, run.slab, run.count)).collect();
-        (name.clone(), Agreed { bytes: file.bytes, runs })
-    };
-    lun.files.iter().map(file).collect()
+    crate::volume::agreed(lun.files.iter().map(|(name, file)| (name, file.bytes, file.parts.as_slice())))
 }
 
 fn differences(superblock: &Superblock, identity: &Identity, lun: &holdfast_core::Lun) -> Vec<String> {

@@ -163,22 +163,20 @@ mod tests {
         let mut state = ClusterState::default();
         state.last_node = NodeId(3);
         state.voters = [NodeId(1), NodeId(3)].into();
-        for (id, name) in std::iter::once((1, "n1")) {
-            let node = Node {
-                id: NodeId(id),
-                name: name.into(),
-                port: 1,
-                heartbeat_port: 1,
-                heartbeat_key: [0; 32],
-                membership: Default::default(),
-                term: Default::default(),
-                incarnation: Default::default(),
-                facts: Default::default(),
-                joined_ms: 0,
-                site: None,
-            };
-            state.nodes.insert(NodeId(id), node);
-        }
+        let node = Node {
+            id: NodeId(1),
+            name: "n1".into(),
+            port: 1,
+            heartbeat_port: 1,
+            heartbeat_key: [0; 32],
+            membership: Default::default(),
+            term: Default::default(),
+            incarnation: Default::default(),
+            facts: Default::default(),
+            joined_ms: 0,
+            site: None,
+        };
+        state.nodes.insert(NodeId(1), node);
         let token = ApiToken { digest: digest(b"secret"), created_ms: 0 };
         state.api_tokens.insert("ci".into(), token);
         state

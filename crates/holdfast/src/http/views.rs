@@ -293,17 +293,7 @@ pub fn volume(
         // A node that is not up may have said something long ago.
         let said = report(observed, node).filter(|_| node.is_up());
         let why = said.and_then(|report| report.unreachable.get(name).cloned());
-        api::Reach {
-            node: node.name.clone(),
-            ok: said.map(|_| why.is_none()),
-            why,
-            path: None,
-            through: None,
-            since_ms: None,
-            by_hand: false,
-            redirected_requests: None,
-            redirected_bytes: None,
-        }
+        api::Reach { node: node.name.clone(), ok: said.map(|_| why.is_none()), why, ..api::Reach::default() }
     };
     let on_it = |vm: &&Vm| vm.spec.uses_volume(name);
     api::VolumeView {

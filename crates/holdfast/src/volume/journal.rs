@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use holdfast_core::Mapped;
 use holdfast_volume::lun::{Agreed, Contents, Device, Geometry, Identity, Store, StoreError, Superblock};
 use holdfast_volume::{Fence, Lun};
 use uuid::Uuid;
@@ -113,7 +114,7 @@ impl Journals {
         }
         // An earlier life of the agent knew more than this one has read of yet.
         if store.revision() < description.revision {
-            let ops = store.contents().changes_to(&agreed(description));
+            let ops = store.contents().changes_to(&described(description));
             store.commit(description.revision, &ops)?;
         }
         *place = Some(store);
@@ -125,12 +126,17 @@ fn lock(store: &MaybeOpen) -> MutexGuard<'_, Option<Store<Fenced>>> {
     store.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn agreed(description: &Description) -> BTreeMap<String, Agreed> {
-    let file = |(name, (bytes, parts)): (&String, &(u64, Vec<holdfast_core::Mapped>))| {
-        let runs = parts.iter().map(|run| (run.part, run.slab, run.count)).collect();
-        (name.clone(), Agreed { bytes: *bytes, runs })
+fn described(description: &Description) -> BTreeMap<String, Agreed> {
+    agreed(description.files.iter().map(|(name, (bytes, parts))| (name, *bytes, parts.as_slice())))
+}
+
+/// Files with their names, sizes in bytes and parts, as a LUN's description is compared
+/// with them.
+pub fn agreed<'a>(files: impl Iterator<Item = (&'a String, u64, &'a [Mapped])>) -> BTreeMap<String, Agreed> {
+    let file = |(name, bytes, parts): (&String, u64, &[Mapped])| {
+        (name.clone(), Agreed { bytes, runs: parts.iter().copied().map(Into::into).collect() })
     };
-    description.files.iter().map(file).collect()
+    files.map(file).collect()
 }
 
 fn open(lease: Arc<dyn Fence>, description: &Description) -> anyhow::Result<Store<Fenced>> {
@@ -170,7 +176,7 @@ fn rebuild(lease: Arc<dyn Fence>, description: &Description, known: Known) -> an
         Err(error) => return Err(error.into()),
     };
     let mut contents = Contents::new(superblock.geometry);
-    for op in contents.changes_to(&agreed(description)) {
+    for op in contents.changes_to(&described(description)) {
         contents.apply(&op)?;
     }
     Ok(Store::rebuild(device, superblock, contents, (description.epoch, description.revision))?)

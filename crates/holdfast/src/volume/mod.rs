@@ -41,6 +41,7 @@ use uuid::Uuid;
 
 use crate::realtime::{LeasePage, boot_time};
 use journal::Journals;
+pub use journal::agreed;
 use protocol::{Call, Description, Disk, DiskId, LONGEST_LINE, Links, Routes, ToAgent, ToServer};
 use routes::{Through, Ways};
 use slabs::{News, Slabs};

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use holdfast_api::{AddVolume, CreateVm, DiskFormat, VmState, VolumeKind};
 use holdfast_lab::cluster::{Cluster, GuestVm, VmTemplate};
-use holdfast_lab::guest::{ImageFormat, RecordsReport, verify_records};
+use holdfast_lab::guest::{ImageFormat, RecordsReport, Writer, verify_records};
 
 use crate::bench::{DEADLINE, elsewhere, eventually, refused, three_nodes};
 
@@ -31,7 +31,7 @@ fn used_lun(path: &Path) {
 
 /// The first slab of a VM's disk, as the device has it: the one that begins like a
 /// guest's disk of this size, and holds the highest record of all such.
-pub fn records(cluster: &Cluster, device: &Path, vm: &GuestVm) -> RecordsReport {
+fn records(cluster: &Cluster, device: &Path, vm: &GuestVm) -> RecordsReport {
     let lun = File::open(device).unwrap();
     let image = cluster.lab().directory().join(format!("{}.raw", vm.name));
     let mut found = Vec::new();
@@ -46,6 +46,18 @@ pub fn records(cluster: &Cluster, device: &Path, vm: &GuestVm) -> RecordsReport 
         }
     }
     found.into_iter().max_by_key(|report| report.highest).expect("the guest's disk on the LUN")
+}
+
+/// Ends a guest that has written all the time: it saw no error, and what was acknowledged
+/// is on the LUN.
+pub fn nothing_is_lost(cluster: &Cluster, device: &Path, vm: &GuestVm, writer: Writer) {
+    let report = writer.stop().unwrap();
+    println!("{} records, longest gap {:?}", report.acknowledged.len(), report.longest_gap);
+    assert_eq!(report.refused, 0, "the guest saw an error");
+    cluster.switch_off(&vm.name).unwrap();
+    let found = records(cluster, device, vm);
+    assert!(found.missing.is_empty() && found.corrupt_sectors.is_empty(), "{found:?}");
+    assert_eq!(found.lost(&report.acknowledged), []);
 }
 
 fn add(device: &Path, erase: Option<&str>) -> AddVolume {
@@ -112,13 +124,7 @@ fn a_vm_on_a_lun_survives_its_volume_server_a_move_and_its_node() {
     assert_ne!(view.node.as_ref(), Some(&away));
     assert_ne!(vm.wait_answer(DEADLINE).unwrap().boot_id, boot);
     wrote(50);
-    let report = writer.stop().unwrap();
-    println!("{} records, longest gap {:?}", report.acknowledged.len(), report.longest_gap);
-    assert_eq!(report.refused, 0, "the guest saw an error");
-    cluster.switch_off("web").unwrap();
-    let found = records(&cluster, &device, &vm);
-    assert!(found.missing.is_empty() && found.corrupt_sectors.is_empty(), "{found:?}");
-    assert_eq!(found.lost(&report.acknowledged), []);
+    nothing_is_lost(&cluster, &device, &vm, writer);
     assert!(cluster.watch().overlaps().unwrap().iter().all(|overlap| overlap.older.host.is_none()));
 
     // Whoever gets its slabs reads zeroes: a guest takes no other disk for its own.

@@ -12,7 +12,7 @@ use holdfast_lab::Network;
 use holdfast_lab::cluster::{Cluster, VmTemplate};
 
 use crate::bench::{DEADLINE, eventually, three_nodes};
-use crate::lun::records;
+use crate::lun::nothing_is_lost;
 
 const LUN: &str = "san";
 const LUN_BYTES: u64 = 480 << 20;
@@ -116,11 +116,5 @@ fn a_vm_writes_on_while_its_node_has_no_path_and_while_owners_die() {
     wrote(50);
 
     assert_eq!(vm.wait_answer(DEADLINE).unwrap().boot_id, boot);
-    let report = writer.stop().unwrap();
-    println!("{} records, longest gap {:?}", report.acknowledged.len(), report.longest_gap);
-    assert_eq!(report.refused, 0, "the guest saw an error");
-    cluster.switch_off("web").unwrap();
-    let found = records(&cluster, &device, &vm);
-    assert!(found.missing.is_empty() && found.corrupt_sectors.is_empty(), "{found:?}");
-    assert_eq!(found.lost(&report.acknowledged), []);
+    nothing_is_lost(&cluster, &device, &vm, writer);
 }

@@ -97,7 +97,7 @@ impl<D: Dialect> Worker<D> {
             if ended && self.sent.is_empty() && self.unsure.is_empty() {
                 // Without a connection of this life, an earlier one's may be under way.
                 if self.pipe.is_some() {
-                    self.dialect.closed();
+                    self.close();
                 }
                 return;
             }
@@ -119,10 +119,15 @@ impl<D: Dialect> Worker<D> {
         }
         let rests = self.dialect.rest().is_some_and(|rest| now >= self.used + rest);
         if rests && self.sent.is_empty() && self.unsure.is_empty() {
-            self.pipe = None;
-            self.dialect.closed();
+            self.close();
         }
         Ok(())
+    }
+
+    /// Ends the connection, with nothing under way.
+    fn close(&mut self) {
+        self.pipe = None;
+        self.dialect.closed();
     }
 
     /// Waits for something to do.

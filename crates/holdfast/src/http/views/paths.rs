@@ -42,8 +42,7 @@ pub fn reach(state: &ClusterState, name: &str, lun: &Lun, node: &Node) -> api::R
         through,
         since_ms: reached.map(|reached| reached.since_ms),
         by_hand: lun.access.redirected.contains(&node.id),
-        redirected_requests: None,
-        redirected_bytes: None,
+        ..api::Reach::default()
     }
 }
 
