@@ -286,6 +286,15 @@ fn a_block_that_is_bad_is_an_error_and_no_lost_way() {
     assert_eq!(client.answer(), (1, 5));
     assert_eq!(node.lun.reach().0, Reach::Direct);
     client.write(0, &record(1));
+
+    // Nor with the way through the owner, which has tried often enough.
+    node.storage.set(OURS, Mode::Fails);
+    client.write(0, &record(2));
+    node.wait_redirected();
+    client.ask(READ, 2, SLAB * 2, 4096, &[]);
+    assert_eq!(client.answer(), (2, 5));
+    assert!(matches!(node.lun.reach().0, Reach::Redirected { .. }));
+    client.write(0, &record(3));
 }
 
 #[test]

@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::libc::EIO;
 
 pub use table::Reach;
 pub(crate) use table::{Begin, Luck, Way};
@@ -173,6 +174,8 @@ impl Paths {
         let text;
         let end = match outcome {
             Err(error) if error.raw_os_error() == Some(LATE) => End::Late,
+            // The owner has made sure that its path was not to blame.
+            Err(error) if error.raw_os_error() == Some(EIO) && inner.table.way_of(number) == Way::Link => End::Told,
             Err(error) if is_of_the_way(error) => {
                 text = error.to_string();
                 End::WayFailed(&text)
@@ -200,7 +203,7 @@ impl Paths {
                     piece = ended.piece;
                 }
                 (Begin::Refuse, _) => {
-                    return Some(Ended { piece, outcome: Err(io::Error::from_raw_os_error(nix::libc::EIO)) });
+                    return Some(Ended { piece, outcome: Err(io::Error::from_raw_os_error(EIO)) });
                 }
                 _ => {}
             }

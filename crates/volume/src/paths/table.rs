@@ -256,6 +256,11 @@ impl Table {
         Begin::Go(way, self.attempts.insert(Attempt { way, writes, at, end, since: now }))
     }
 
+    /// The way of an attempt that is under way.
+    pub(crate) fn way_of(&self, number: usize) -> Way {
+        self.attempts[number].way
+    }
+
     /// An attempt is over; says whether it is to be made again.
     pub(crate) fn over(&mut self, number: usize, end: End<'_>, luck: &mut Luck, now: Instant) -> bool {
         let attempt = self.attempts.remove(number);
