@@ -40,7 +40,7 @@ pub use host::{EXEC_DEADLINE, Host, HostSpec, PowerCut};
 pub use lab::{InitProgram, Lab};
 pub use load::CpuHogs;
 pub use machine::ServiceEvent;
-pub use netns::{Namespace, in_netns};
+pub use netns::{Namespace, free_port, in_netns};
 pub use network::Network;
 pub use process::HostProcess;
 pub use procfs::Process;

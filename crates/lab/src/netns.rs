@@ -2,11 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::sockopt::ReuseAddr;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, setsockopt, socket};
 
 /// Where iproute2 keeps its named namespaces.
 pub(crate) const NETNS_DIR: &str = "/run/netns";
@@ -84,6 +87,21 @@ pub fn in_netns<T: Send>(name: &str, f: impl FnOnce() -> T + Send) -> Result<T> 
             Err(panic) => std::panic::resume_unwind(panic),
         }
     })
+}
+
+/// A TCP port on 127.0.0.1 that nobody has, for a server that is told its port.
+///
+/// Nothing listens on it while it is looked for: a process that is forked in that moment
+/// would go on listening until it executes its program, and be taken for the server.
+///
+/// # Errors
+/// The system's.
+pub fn free_port() -> Result<u16> {
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // A socket that is only bound then stands in nobody's way who sets the same.
+    setsockopt(&socket, ReuseAddr, &true)?;
+    bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0))?;
+    Ok(getsockname::<SockaddrIn>(socket.as_raw_fd())?.port())
 }
 
 /// Moves the calling thread into the namespace `name`, for good.

@@ -1,7 +1,7 @@
 //! A file that a server of QEMU's exports: a LUN that several hosts may reach.
 
 use std::fs::File;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -34,8 +34,7 @@ impl Exported {
 
     /// `qemu-nbd` on a port of this host.
     pub fn on_port(file: &Path, args: &[&str]) -> Exported {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        Exported::start(file, Listens::On(port), args)
+        Exported::start(file, Listens::On(holdfast_lab::free_port().unwrap()), args)
     }
 
     fn start(file: &Path, listens: Listens, args: &[&str]) -> Exported {

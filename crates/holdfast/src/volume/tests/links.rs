@@ -1,6 +1,5 @@
 //! Two volume servers and the link between them, with the certificates of two nodes.
 
-use std::net::TcpListener;
 use std::process::Command;
 use std::sync::mpsc::Receiver;
 
@@ -42,7 +41,7 @@ impl Node {
         let secret = SecretKey::generate().unwrap();
         let identity = crate::identity::Identity::new(Uuid::nil(), node, ca.clone(), certificate, key, secret);
         identity.store(world.dir.path()).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = holdfast_lab::free_port().unwrap();
         let links = Links { state_dir: world.dir.path().into(), node, port };
         world.call(Call::Links(links)).unwrap();
         let (tell, told) = channel();
