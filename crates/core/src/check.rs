@@ -26,6 +26,9 @@ pub enum Broken {
     /// A node is admitted that does not exist.
     #[error("node {0} is admitted but does not exist")]
     Admitted(NodeId),
+    /// A node is forgotten that nobody removes, or before its lease has ended.
+    #[error("node {0} is forgotten although it is not being removed, or is up")]
+    Forgotten(NodeId),
     /// A VM gets a new right while an old one may be alive.
     #[error("VM {vm} gets a new right while node {node} may still run it")]
     StillOut {
@@ -123,6 +126,12 @@ impl Account {
                     return Err(Broken::Lost(*node));
                 }
                 known.0 = false;
+            }
+            Action::Forget { node } => {
+                let leaves = state.nodes.get(node).is_some_and(|node| node.leaves);
+                let Some((false, _)) = self.up.remove(node).filter(|_| leaves) else {
+                    return Err(Broken::Forgotten(*node));
+                };
             }
             Action::Admit { node, .. } => {
                 let known = self.up.get_mut(node).ok_or(Broken::Admitted(*node))?;

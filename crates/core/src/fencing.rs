@@ -42,6 +42,7 @@ pub fn due(state: &ClusterState, observed: &Observed, coordinator: NodeId) -> Ve
     let up: Vec<_> = state.nodes.values().filter(|node| node.is_up()).collect();
     let silent = |node: &Node| {
         node.id != coordinator
+            && !node.leaves
             && observed
                 .nodes
                 .get(&node.id)
@@ -54,7 +55,8 @@ pub fn due(state: &ClusterState, observed: &Observed, coordinator: NodeId) -> Ve
             continue;
         };
         let told = seen.fence.as_ref().is_some_and(|word| word.term == node.term);
-        if node.id == coordinator || seen.lease_ended || told {
+        // One that is being removed is silent because it is not answered.
+        if node.leaves || node.id == coordinator || seen.lease_ended || told {
             continue;
         }
         let why = if fencing.asked == Some(node.term) {

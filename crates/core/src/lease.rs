@@ -205,6 +205,8 @@ pub struct LeaseSlot {
     answered: BootTime,
     /// Called lost: never answered again in this term.
     condemned: bool,
+    /// Being removed: never answered again.
+    retired: bool,
     /// The newest heartbeat's life, when it was taken in, and its number.
     heard: Option<(Incarnation, BootTime, u64)>,
     /// The oldest answer of which it is not known that any answer since then has
@@ -243,6 +245,7 @@ impl LeaseSlot {
             bound: since.plus_ms(longest.lost_after_ms()),
             answered: since,
             condemned: false,
+            retired: false,
             heard: None,
             unacknowledged: None,
         }
@@ -254,6 +257,16 @@ impl LeaseSlot {
             self.condemned = false;
         }
         (self.admitted, self.term, self.up) = (admitted, term, up);
+    }
+
+    /// Takes over whether the node is being removed: then its last lease runs out.
+    pub fn retire(&mut self, leaves: bool) {
+        self.retired = leaves;
+    }
+
+    /// Whether it gets nothing more because its node is being removed.
+    pub fn retired(&self) -> bool {
+        self.retired
     }
 
     /// Answers a heartbeat at `now`.
@@ -277,7 +290,7 @@ impl LeaseSlot {
             return Answer::Silence;
         }
         self.unacknowledged.get_or_insert((heartbeat.sequence, now));
-        let entitled = self.up && !self.condemned && self.admitted == heartbeat.incarnation;
+        let entitled = self.up && !self.condemned && !self.retired && self.admitted == heartbeat.incarnation;
         if !entitled || deaf {
             return Answer::Probe;
         }

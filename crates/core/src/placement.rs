@@ -13,6 +13,8 @@ pub const QEMU_OVERHEAD_BYTES: u64 = 64 << 20;
 pub enum Denial {
     /// It holds no lease.
     NotUp,
+    /// It is being removed.
+    Leaves,
     /// It has no usable QEMU.
     NoQemu,
     /// Its QEMU does not know the VM's machine type.
@@ -54,6 +56,7 @@ impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Denial::NotUp => write!(f, "is not up"),
+            Denial::Leaves => write!(f, "is being removed"),
             Denial::NoQemu => write!(f, "has no usable QEMU"),
             Denial::NoMachine(machine) => write!(f, "has a QEMU without machine type {machine}"),
             Denial::Cpus { wanted, has } => write!(f, "has {has} processors, {wanted} are needed"),
@@ -88,6 +91,9 @@ pub fn needed_memory(spec: &VmSpec) -> u64 {
 pub fn fits(state: &ClusterState, node: &Node, vm: Option<VmId>, spec: &VmSpec) -> Result<u64, Denial> {
     if !node.is_up() {
         return Err(Denial::NotUp);
+    }
+    if node.leaves {
+        return Err(Denial::Leaves);
     }
     if node.facts.qemu.is_none() {
         return Err(Denial::NoQemu);

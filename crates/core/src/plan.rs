@@ -40,6 +40,11 @@ pub enum Action {
         /// Which.
         node: NodeId,
     },
+    /// A node that was to be removed is none any more: its lease has certainly ended.
+    Forget {
+        /// Which.
+        node: NodeId,
+    },
     /// A keeper may run VMs, in a new term.
     Admit {
         /// Its node.
@@ -272,6 +277,10 @@ impl Planner<'_> {
                 let cause = Cause::PowerFenced { node: node.id, word: word.clone() };
                 self.decide(Action::DeclareLost { node: node.id }, cause);
             }
+            if node.leaves {
+                self.forget(&node, seen.silent_ms);
+                continue;
+            }
             let Some(incarnation) = seen.heard else {
                 continue;
             };
@@ -285,6 +294,14 @@ impl Planner<'_> {
                 let cause = Cause::KeeperRestarted { node: node.id, incarnation };
                 self.decide(Action::Admit { node: node.id, incarnation }, cause);
             }
+        }
+    }
+
+    /// A node that is to be removed is none any more once no right of it lasts.
+    fn forget(&mut self, node: &Node, silent_ms: u64) {
+        if self.state.nodes.get(&node.id).is_some_and(|now| !now.is_up()) {
+            let cause = Cause::LeaseEnded { node: node.id, term: node.term, silent_ms };
+            self.decide(Action::Forget { node: node.id }, cause);
         }
     }
 

@@ -38,6 +38,44 @@ fn refused(reply: &Reply) -> bool {
     matches!(reply, Reply::Refused(Refusal::Conflict(_)))
 }
 
+#[test]
+fn a_removed_node_keeps_what_it_may_still_write_to_until_its_lease_has_ended() {
+    let mut lab = lab();
+    let (first, second) = (writer(&lab, 1), writer(&lab, 2));
+    let take = |of: Writer| {
+        let (node, term) = (of.node, of.term);
+        Command::TakeSlabs { volume: "san".into(), node, term, known: Vec::new(), most: 100 }
+    };
+    let slabs = |reply: Reply| match reply {
+        Reply::Slabs(taking) => taking.slabs,
+        other => panic!("{other:?}"),
+    };
+    let zeroes = slabs(lab.ask(take(first)));
+    assert_eq!(lab.ask(claim(first)), Reply::Done);
+    assert_eq!(lab.ask(Command::RemoveNode { node: NodeId(1) }), Reply::Done);
+    assert_eq!(lab.ask(Command::RemoveNode { node: NodeId(1) }), Reply::Done, "asked again");
+    assert!(matches!(lab.ask(Command::RemoveNode { node: NodeId(2) }), Reply::Refused(_)), "the last one that stays");
+
+    // A new keeper is not admitted there, and no VM comes.
+    lab.hear(1, 900);
+    assert_eq!(lab.plan(), []);
+    lab.create(WEB, "web", spec(512, Priority::High));
+    lab.plan();
+    assert_eq!(lab.on(WEB), Some(2));
+    assert!(refused(&lab.ask(claim(second))), "the first may still write");
+    let theirs = slabs(lab.ask(take(second)));
+    assert!(theirs.iter().all(|run| zeroes.iter().all(|mine| mine.end() <= run.first)), "{theirs:?}");
+
+    lab.lose(1);
+    let gone = [Action::DeclareLost { node: NodeId(1) }, Action::Forget { node: NodeId(1) }];
+    assert_eq!(lab.plan(), gone);
+    assert_eq!(lab.ask(claim(second)), Reply::Done);
+    let (node, term) = (second.node, second.term);
+    let more = Command::TakeSlabs { volume: "san".into(), node, term, known: theirs, most: 100 };
+    let given = slabs(lab.ask(more));
+    assert!(given.iter().any(|run| run.first == zeroes[0].first), "{given:?}");
+}
+
 /// A VM with a disk on the volume, of which two parts are there.
 fn with_disk(lab: &mut Lab) -> String {
     let disk = DiskSpec { volume: "san".into(), format: DiskFormat::Raw, ..spec(512, Priority::High).disks.remove(0) };

@@ -54,11 +54,13 @@ pub enum Mutation {
     ClaimWithoutLooking,
     /// An owner says that it has left a volume while I/O for others is under way.
     LeaveEarly,
+    /// A node that is removed is none any more at once, whatever its lease.
+    ForgetAtOnce,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Mutation; 23] = [
+    pub const ALL: [Mutation; 24] = [
         Mutation::DropMargin,
         Mutation::LeaseFromReceipt,
         Mutation::SkipWait,
@@ -82,6 +84,7 @@ impl Mutation {
         Mutation::AnswerWithoutLease,
         Mutation::ClaimWithoutLooking,
         Mutation::LeaveEarly,
+        Mutation::ForgetAtOnce,
     ];
 }
 
@@ -110,6 +113,7 @@ impl fmt::Display for Mutation {
             Mutation::AnswerWithoutLease => "let the witness answer without its lease",
             Mutation::ClaimWithoutLooking => "claim the witness without looking again",
             Mutation::LeaveEarly => "leave a volume while I/O is under way",
+            Mutation::ForgetAtOnce => "forget a removed node before its lease ends",
             Mutation::UnheardIsLost => "declare lost on silence of acknowledgements",
         })
     }

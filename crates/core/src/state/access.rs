@@ -88,7 +88,8 @@ impl ClusterState {
     /// Whether a node may own a volume: it is up, and reaches it by itself.
     pub fn is_fit(&self, volume: &str, id: NodeId) -> bool {
         let direct = self.reached(volume, id).is_some_and(|reached| reached.path == LunPath::Direct);
-        direct && self.luns.get(volume).is_some_and(|lun| !lun.access.redirected.contains(&id))
+        let stays = self.nodes.get(&id).is_some_and(|node| !node.leaves);
+        direct && stays && self.luns.get(volume).is_some_and(|lun| !lun.access.redirected.contains(&id))
     }
 
     fn fit_for(&self, volume: &str, id: NodeId) -> Result<String, Refusal> {
@@ -96,6 +97,7 @@ impl ClusterState {
         let lun = self.luns.get(volume).ok_or_else(|| self.no_lun(volume))?;
         let why = match self.reached(volume, id).map(|reached| &reached.path) {
             _ if !node.is_up() => "is not up".into(),
+            _ if node.leaves => "is being removed".into(),
             _ if lun.access.redirected.contains(&id) => {
                 format!(
                     "is redirected by hand: take that back first (`volume maintenance {volume} --direct {}`)",

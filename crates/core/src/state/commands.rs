@@ -212,6 +212,7 @@ impl ClusterState {
             facts: new.facts,
             joined_ms: at_ms,
             site: new.site,
+            leaves: false,
         };
         self.nodes.insert(id, node);
         self.find_networks();
@@ -220,10 +221,23 @@ impl ClusterState {
 
     fn remove_node(&mut self, at_ms: u64, by: &str, id: NodeId) -> Executed {
         let node = self.nodes.get(&id).ok_or_else(|| Refusal::unknown("node", id))?;
-        let name = node.name.clone();
+        let (name, up) = (node.name.clone(), node.is_up());
+        if node.leaves {
+            return Ok(Reply::Done);
+        }
         if let Some(vm) = self.vms.values().find(|vm| vm.tenures().any(|t| t.node == id && !self.is_void(t))) {
             return Err(Refusal::Conflict(format!(
                 "VM {:?} is on node {name:?}: move it away or shut it down first",
+                vm.name
+            )));
+        }
+        let works = |vm: &&Vm| match vm.disks {
+            DiskStage::Making { node, .. } | DiskStage::Deleting { node, .. } => up && node == id,
+            DiskStage::Ready => false,
+        };
+        if let Some(vm) = self.vms.values().find(works) {
+            return Err(Refusal::Conflict(format!(
+                "node {name:?} works on the disks of VM {:?}: wait until it is done (`holdfast job list`)",
                 vm.name
             )));
         }
@@ -235,15 +249,25 @@ impl ClusterState {
                 "node {name:?} owns volume {volume:?}: give it to another one first (`holdfast volume set-owner {volume} NODE`)"
             )));
         }
-        if self.nodes.len() == 1 {
+        if !self.nodes.values().any(|other| other.id != id && !other.leaves) {
             return Err(Refusal::Conflict(format!("node {name:?} is the last one of the cluster")));
         }
-        self.nodes.remove(&id);
+        self.event(at_ms, Severity::Info, format!("node {name}"), format!("{by} removes it"));
+        match self.nodes.get_mut(&id) {
+            // It may zero slabs and write a journal until its lease has ended.
+            Some(node) if up => node.leaves = true,
+            _ => self.forget_node(at_ms, id),
+        }
+        Ok(Reply::Done)
+    }
+
+    /// A node that was to be removed has no right to anything any more.
+    pub(super) fn forget_node(&mut self, at_ms: u64, id: NodeId) {
+        let Some(node) = self.nodes.remove(&id) else { return };
         self.fencing.remove(&id);
         self.luns.values_mut().for_each(|lun| lun.access.forget(id));
         self.find_networks();
-        self.event(at_ms, Severity::Info, format!("node {name}"), format!("{by} removed it"));
-        Ok(Reply::Done)
+        self.event(at_ms, Severity::Info, format!("node {}", node.name), "is no node any more");
     }
 
     fn set_facts(&mut self, id: NodeId, facts: NodeFacts) -> Executed {

@@ -14,6 +14,7 @@ impl ClusterState {
         let cause = &decision.cause;
         match &decision.action {
             Action::DeclareLost { node } => self.declare_lost(at_ms, *node, cause),
+            Action::Forget { node } => self.forget_node(at_ms, *node),
             Action::Admit { node, incarnation } => self.admit(at_ms, *node, *incarnation),
             Action::Place { vm, node, after: _ } => self.place(at_ms, *vm, *node, cause),
             Action::Vacate { vm, after: _ } => {
@@ -152,6 +153,9 @@ impl ClusterState {
             return;
         };
         node.membership = Membership::Lost { since_ms: at_ms };
+        if node.leaves {
+            return;
+        }
         let subject = format!("node {}", node.name);
         self.event(at_ms, Severity::Error, subject, format!("is lost: {cause}"));
     }

@@ -16,7 +16,7 @@ impl ClusterState {
         self.luns.get(volume)?;
         match self.owner(volume) {
             Some(owner) => (!owner.leaving).then_some(owner.node),
-            None => self.nodes.values().find(|node| node.is_up()).map(|node| node.id),
+            None => self.nodes.values().find(|node| node.is_up() && !node.leaves).map(|node| node.id),
         }
     }
 

@@ -89,8 +89,10 @@ fn lend_authority(member: &Member) {
 }
 
 fn admissions(state: &ClusterState) -> Vec<Admission> {
-    let admission =
-        |node: &Node| Admission { node: node.id, admitted: node.incarnation, term: node.term, up: node.is_up() };
+    let admission = |node: &Node| {
+        let (admitted, term, up) = (node.incarnation, node.term, node.is_up());
+        Admission { node: node.id, admitted, term, up, leaves: node.leaves }
+    };
     state.nodes.values().map(admission).collect()
 }
 

@@ -112,6 +112,8 @@ pub struct Admission {
     pub term: NodeTerm,
     /// Whether it counts as up.
     pub up: bool,
+    /// Whether it is being removed: it gets no lease any more.
+    pub leaves: bool,
 }
 
 /// A lease as the coordinator sees it, or just a keeper on the other nodes.

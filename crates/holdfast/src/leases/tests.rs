@@ -44,7 +44,7 @@ fn config() -> LeasesConfig {
 }
 
 fn admission(life: u64, term: u64) -> Admission {
-    Admission { node: KEEPER, admitted: Incarnation(life), term: NodeTerm(term), up: true }
+    Admission { node: KEEPER, admitted: Incarnation(life), term: NodeTerm(term), up: true, leaves: false }
 }
 
 fn forever() -> Authority {

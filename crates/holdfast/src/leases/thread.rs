@@ -278,6 +278,7 @@ impl AnsweringThread {
             match known {
                 Some(at) if slots[at].lease.term == node.term => {
                     slots[at].lease.admit(node.admitted, node.term, node.up);
+                    slots[at].lease.retire(node.leaves);
                 }
                 // A new term starts with the time that a keeper needs to be heard:
                 // the bound of the last one has passed, and would condemn it at once.
@@ -419,6 +420,8 @@ impl AnsweringThread {
 }
 
 fn assumed(node: &Admission, since: BootTime, longest: LeaseTiming) -> Slot {
-    let Admission { node, admitted, term, up } = *node;
-    Slot { lease: LeaseSlot::assumed(node, admitted, term, up, since, longest), condemned: false }
+    let Admission { node, admitted, term, up, leaves } = *node;
+    let mut lease = LeaseSlot::assumed(node, admitted, term, up, since, longest);
+    lease.retire(leaves);
+    Slot { lease, condemned: false }
 }

@@ -88,6 +88,9 @@ impl Coordinatorship {
                 }
                 None => self.slots.push(fresh()),
             }
+            if let Some(slot) = self.slots.iter_mut().find(|slot| slot.node == node.id) {
+                slot.retire(node.leaves);
+            }
         }
     }
 }
@@ -170,6 +173,9 @@ impl World {
         }
         if self.mutated(Mutation::UnheardIsLost) {
             ended |= slot.up && silent_ms > timing.lost_after_ms();
+        }
+        if self.mutated(Mutation::ForgetAtOnce) {
+            ended |= slot.retired();
         }
         (was, ended)
     }

@@ -143,6 +143,10 @@ impl World {
         for node in &lost {
             self.judge_condemned(usize::MAX, node.id, node.term);
         }
+        // Whoever is no node any more has no right to anything: not while it has a lease.
+        for node in before.nodes.values().filter(|node| !after.nodes.contains_key(&node.id)) {
+            self.judge_condemned(usize::MAX, node.id, node.term);
+        }
         !lost.is_empty()
     }
 

@@ -1,10 +1,15 @@
 //! Nodes.
 
+use std::time::Duration;
+
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use holdfast_api as api;
-use holdfast_core::Command;
+use holdfast_core::{Command, NodeId, Refusal};
+use tokio::time::{Instant, sleep};
+
+use crate::agent::Agent;
 
 use super::{Outlook, execute, state};
 use crate::http::Served;
@@ -13,6 +18,10 @@ use crate::http::error::{ApiError, Body};
 use crate::http::gate::Caller;
 use crate::http::views;
 
+/// Within so long a node that is removed is none any more: longer than any lease.
+const REMOVED_WITHIN: Duration = Duration::from_secs(20);
+/// So often that is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// For how long a join token is good when nothing else is said.
 const TOKEN_VALID_MS: u64 = 60 * 60 * 1000;
 /// The longest that a join token may be good.
@@ -80,11 +89,31 @@ pub async fn remove(
     }
     // Whoever removes itself never applies it, and may learn of it sooner than of the answer.
     let own = served.agent.me() == Some(node);
+    let gone = async {
+        execute(&served.agent, &by, command).await?;
+        until_gone(&served.agent, node).await
+    };
     tokio::select! {
-        done = execute(&served.agent, &by, command) => drop(done?),
+        done = gone => done?,
         () = served.agent.removed(), if own => {}
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// A node that was up is one until its lease has ended.
+async fn until_gone(agent: &Agent, node: NodeId) -> Result<(), ApiError> {
+    let deadline = Instant::now() + REMOVED_WITHIN;
+    loop {
+        let now = state(agent)?;
+        let Some(left) = now.nodes.get(&node) else { return Ok(()) };
+        if Instant::now() >= deadline {
+            return Err(ApiError::from(Refusal::Conflict(format!(
+                "node {:?} gets no lease any more, and is no node any more once that has ended: see `holdfast node list`",
+                left.name
+            ))));
+        }
+        sleep(LOOK_EVERY).await;
+    }
 }
 
 /// Makes a token with which one host may join, once.

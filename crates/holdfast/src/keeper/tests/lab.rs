@@ -137,7 +137,7 @@ impl Lab {
     }
 
     pub fn admit(&self, life: Incarnation, term: u64) -> [Admission; 1] {
-        [Admission { node: NODE, admitted: life, term: NodeTerm(term), up: true }]
+        [Admission { node: NODE, admitted: life, term: NodeTerm(term), up: true, leaves: false }]
     }
 
     /// Configures the keeper and gives it its lease.
