@@ -20,6 +20,10 @@ const UNACKNOWLEDGED_MS: u32 = 5_000;
 /// What a server had taken in when a connection broke, it has done by then. The
 /// protocol has no way to ask: see decision 0024.
 pub const SETTLES_WITHIN: Duration = Duration::from_secs(1);
+/// The same where the server's side ended the connection: it does not stand still, and a
+/// process that was killed has its connections open until its threads' I/O is over (see
+/// decision 0031).
+const SETTLES_AFTER_END: Duration = Duration::from_millis(300);
 
 /// An export, as it is connected to.
 pub(crate) struct Export {
@@ -126,6 +130,6 @@ impl Dialect for Export {
     }
 
     fn certainty(&self) -> Certainty {
-        Certainty::After(SETTLES_WITHIN)
+        Certainty::After { ended: SETTLES_AFTER_END, silent: SETTLES_WITHIN }
     }
 }

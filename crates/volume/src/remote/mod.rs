@@ -35,7 +35,12 @@ pub(crate) use export::connect;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Certainty {
     /// After so long: whatever the server had taken in, it has done by then.
-    After(Duration),
+    After {
+        /// It ended the connection itself: it, or its host, was at work just then.
+        ended: Duration,
+        /// It was silent.
+        silent: Duration,
+    },
     /// When the server has let the next connection in: it does not before it has ended
     /// what came over earlier ones.
     NextConnection,
@@ -179,5 +184,68 @@ impl Drop for Remote {
     fn drop(&mut self) {
         self.0.todo().ended = true;
         let _ = self.0.bell.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::piece::Op;
+
+    const NEVER: Duration = Duration::from_secs(3600);
+
+    /// Says a request in one byte, and connects once.
+    struct Toy(Certainty);
+
+    impl Dialect for Toy {
+        fn connect(&mut self, _: Instant) -> io::Result<Box<dyn Pipe>> {
+            Err(io::ErrorKind::ConnectionRefused.into())
+        }
+
+        fn request(&mut self, _: u64, _: &Piece, out: &mut Vec<u8>) -> io::Result<()> {
+            out.push(1);
+            Ok(())
+        }
+
+        fn needs_sync(&self) -> bool {
+            false
+        }
+
+        fn reply_bytes(&self) -> usize {
+            1
+        }
+
+        fn reply(&mut self, _: &[u8]) -> io::Result<Option<(u64, io::Result<()>)>> {
+            Ok(None)
+        }
+
+        fn certainty(&self) -> Certainty {
+            self.0
+        }
+    }
+
+    /// A change that the server has, and has not answered.
+    fn asked(certainty: Certainty) -> (Remote, UnixStream, std::sync::mpsc::Receiver<Ended>) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let remote = Remote::start(Toy(certainty), Some(Box::new(ours))).unwrap();
+        let (tell, told) = sync_channel(1);
+        remote.submit(Piece::without_data(Op::Trim, 0, 512), None, Back::Caller(tell));
+        theirs.read_exact(&mut [0]).unwrap();
+        (remote, theirs, told)
+    }
+
+    #[test]
+    fn who_ends_a_connection_settles_sooner_than_who_is_silent() {
+        let (_remote, theirs, told) = asked(Certainty::After { ended: Duration::ZERO, silent: NEVER });
+        drop(theirs);
+        assert!(told.recv().unwrap().outcome.is_err());
+
+        let (remote, _theirs, told) = asked(Certainty::After { ended: NEVER, silent: Duration::ZERO });
+        remote.give_up();
+        assert!(told.recv().unwrap().outcome.is_err());
     }
 }

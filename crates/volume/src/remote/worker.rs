@@ -41,8 +41,9 @@ pub(super) struct Worker<D> {
     head: Vec<u8>,
     out_at: usize,
     full: bool,
-    /// Requests of broken connections, of which nobody knows whether the server has them.
-    unsure: VecDeque<(Instant, Sent)>,
+    /// Requests of broken connections, of which nobody knows whether the server has them,
+    /// and when that does not matter any more, where time alone tells.
+    unsure: VecDeque<(Option<Instant>, Sent)>,
     /// Nothing that the server had can happen any more, and it is not to be asked again.
     over: bool,
     /// When the server was heard last, and when somebody needed it last.
@@ -132,10 +133,10 @@ impl<D: Dialect> Worker<D> {
 
     /// Waits for something to do.
     fn sleep(&mut self) -> io::Result<()> {
-        let settled = match (self.unsure.front(), self.dialect.certainty()) {
-            (None, _) => None,
-            (Some((since, _)), Certainty::After(settles)) => Some(*since + settles),
-            (Some(_), Certainty::NextConnection) => Some(self.not_before.unwrap_or_else(Instant::now)),
+        let settled = match self.unsure.front() {
+            None => None,
+            Some((Some(_), _)) => self.unsure.iter().filter_map(|(then, _)| *then).min(),
+            Some((None, _)) => Some(self.not_before.unwrap_or_else(Instant::now)),
         };
         let connected = self.pipe.as_ref().map(|_| ());
         let silent = connected.and(self.dialect.silence()).map(|silence| self.heard + silence);
@@ -349,13 +350,18 @@ impl<D: Dialect> Worker<D> {
             pipe.give_up();
         }
         let unsent: BTreeSet<u64> = self.out.iter().skip(usize::from(self.out_at > 0)).copied().collect();
-        let now = Instant::now();
+        let settles = match self.dialect.certainty() {
+            Certainty::After { ended, .. } if ended_it(error) => Some(ended),
+            Certainty::After { silent, .. } => Some(silent),
+            Certainty::NextConnection => None,
+        };
+        let certain = settles.map(|settles| Instant::now() + settles);
         for (cookie, sent) in std::mem::take(&mut self.sent) {
             let harmless = matches!(sent.piece.op, Op::Read | Op::Sync);
             if harmless || unsent.contains(&cookie) && !sent.syncs {
                 sent.back.tell(Ended { piece: sent.piece, outcome: Err(not_connected()) });
             } else {
-                self.unsure.push_back((now, sent));
+                self.unsure.push_back((certain, sent));
             }
         }
         self.out.clear();
@@ -366,19 +372,20 @@ impl<D: Dialect> Worker<D> {
 
     /// Tells of requests of broken connections that are certainly over.
     fn settle(&mut self) {
+        if self.over {
+            return self.tell_unsure(self.unsure.len());
+        }
+        if self.unsure.front().is_some_and(|(certain, _)| certain.is_none()) {
+            // The one that comes next tells.
+            let _ = self.be_connected();
+        }
         let now = Instant::now();
-        let certain = match self.dialect.certainty() {
-            _ if self.over => self.unsure.len(),
-            Certainty::After(settles) => self.unsure.iter().take_while(|(since, _)| *since + settles <= now).count(),
-            Certainty::NextConnection => {
-                if !self.unsure.is_empty() {
-                    // The one that comes next tells.
-                    let _ = self.be_connected();
-                }
-                0
+        // Those of a later connection may be certain sooner.
+        while let Some(at) = self.unsure.iter().position(|(certain, _)| certain.is_some_and(|then| then <= now)) {
+            if let Some((_, sent)) = self.unsure.remove(at) {
+                sent.back.tell(Ended { piece: sent.piece, outcome: Err(not_connected()) });
             }
-        };
-        self.tell_unsure(certain);
+        }
     }
 
     fn tell_unsure(&mut self, count: usize) {
@@ -386,6 +393,13 @@ impl<D: Dialect> Worker<D> {
             sent.back.tell(Ended { piece: sent.piece, outcome: Err(not_connected()) });
         }
     }
+}
+
+/// Whether a connection broke because the server's side ended it, which it can only do
+/// while it is at work.
+fn ended_it(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 fn not_connected() -> io::Error {
