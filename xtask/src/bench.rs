@@ -14,7 +14,7 @@ mod idle;
 mod migration;
 mod peer;
 mod stage;
-mod table;
+pub mod table;
 mod volume;
 
 use std::ffi::OsString;

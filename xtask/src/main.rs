@@ -3,6 +3,7 @@
 
 mod bench;
 mod chaos;
+mod cuts;
 mod fix;
 mod leftovers;
 mod step;
@@ -50,6 +51,8 @@ enum Task {
     Sixteen,
     /// Let everything fail at random for a long time, with real guests, and judge.
     Chaos(chaos::Args),
+    /// Cut a node's path to a LUN and heal it, again and again, under a guest that writes.
+    Cuts(cuts::Args),
     /// Measure against the goals: `cargo xtask bench NAME [--json FILE] [--runs N]`.
     #[command(disable_help_flag = true)]
     Bench {
@@ -85,6 +88,7 @@ fn run(task: Task) -> Result<bool> {
             Ok(ready && e2e(Some("sixteen")).args(["--ignored", "--nocapture"]).run()?.passed())
         }
         Task::Chaos(args) => chaos::run(&args),
+        Task::Cuts(args) => cuts::run(&args),
         Task::Bench { args } => bench::main(args).map(|()| true),
     }
 }

@@ -32,6 +32,7 @@ mod network;
 mod process;
 mod procfs;
 mod registry;
+mod san;
 mod sys;
 mod watch;
 
@@ -44,5 +45,6 @@ pub use netns::{Namespace, free_port, in_netns};
 pub use network::Network;
 pub use process::HostProcess;
 pub use procfs::Process;
+pub use san::{San, records_on};
 pub use sys::touch_memory;
 pub use watch::{HostNames, Overlap, Sighting, SplitBrainWatch};

@@ -9,7 +9,7 @@
 //! to. Then all faults end, and all must be in order again within a bound, with
 //! nothing lost, nothing twice and nothing left behind.
 
-mod dice;
+pub mod dice;
 mod fault;
 mod judge;
 mod report;

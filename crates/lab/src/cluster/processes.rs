@@ -81,6 +81,14 @@ impl Cluster {
         self.host(host)?.kill(self.keeper_pid(host)?, Signal::SIGKILL)
     }
 
+    /// Kills a node's volume server at once. The keeper starts it anew.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn kill_volume_server(&self, host: &str) -> Result<()> {
+        self.host(host)?.kill(self.volume_server_pid(host)?, Signal::SIGKILL)
+    }
+
     /// Kills the QEMU of a VM on a node at once.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! The writer: which records the guest has promised to keep.
 
 use std::net::{SocketAddrV4, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,23 @@ pub struct WriterReport {
     pub sent: u64,
     /// The longest time between two acknowledgements.
     pub longest_gap: Duration,
-    last_at: Option<Instant>,
+}
+
+/// Times without an acknowledgement.
+#[derive(Debug, Default)]
+struct Gaps {
+    last: Option<Instant>,
+    longest: Duration,
+    /// Since it was asked last.
+    recent: Duration,
+}
+
+impl Gaps {
+    /// One more, up to now.
+    fn end(&mut self, now: Instant) {
+        let gap = self.last.map_or(Duration::ZERO, |last| now - last);
+        (self.longest, self.recent) = (self.longest.max(gap), self.recent.max(gap));
+    }
 }
 
 impl WriterReport {
@@ -38,6 +54,7 @@ impl WriterReport {
 pub struct Writer {
     stop: Arc<AtomicBool>,
     highest: Arc<AtomicU64>,
+    gaps: Arc<Mutex<Gaps>>,
     thread: Option<JoinHandle<WriterReport>>,
 }
 
@@ -51,16 +68,25 @@ impl Writer {
         let socket = udp_socket(netns, address)?;
         socket.set_read_timeout(Some(STOP_CHECK))?;
         let (stop, highest) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stopped, seen) = (Arc::clone(&stop), Arc::clone(&highest));
+        let gaps = Arc::<Mutex<Gaps>>::default();
+        let (stopped, seen, timed) = (Arc::clone(&stop), Arc::clone(&highest), Arc::clone(&gaps));
         let thread = thread::Builder::new()
             .name("writer".into())
-            .spawn(move || write_records(&socket, &stopped, &seen, interval, patience))?;
-        Ok(Self { stop, highest, thread: Some(thread) })
+            .spawn(move || write_records(&socket, &stopped, &seen, &timed, interval, patience))?;
+        Ok(Self { stop, highest, gaps, thread: Some(thread) })
     }
 
     /// The highest sequence acknowledged so far (0: none).
     pub fn highest(&self) -> u64 {
         self.highest.load(Ordering::Relaxed)
+    }
+
+    /// The longest time without an acknowledgement that ended since this was asked last,
+    /// or has not ended yet.
+    pub fn recent_gap(&self) -> Duration {
+        let mut gaps = self.gaps.lock().unwrap_or_else(PoisonError::into_inner);
+        gaps.end(Instant::now());
+        std::mem::take(&mut gaps.recent)
     }
 
     /// Stops writing.
@@ -87,6 +113,7 @@ fn write_records(
     socket: &UdpSocket,
     stop: &AtomicBool,
     highest: &AtomicU64,
+    gaps: &Mutex<Gaps>,
     interval: Duration,
     patience: Duration,
 ) -> WriterReport {
@@ -105,10 +132,11 @@ fn write_records(
             };
             match acknowledged(&reply) {
                 Some(write) => {
+                    let mut gaps = gaps.lock().unwrap_or_else(PoisonError::into_inner);
                     let now = Instant::now();
-                    let gap = report.last_at.map_or(Duration::ZERO, |last| now - last);
-                    report.longest_gap = report.longest_gap.max(gap);
-                    report.last_at = Some(now);
+                    gaps.end(now);
+                    gaps.last = Some(now);
+                    report.longest_gap = gaps.longest;
                     report.acknowledged.push(write);
                     highest.fetch_max(write.sequence, Ordering::Relaxed);
                 }

@@ -9,15 +9,14 @@ use std::time::{Duration, Instant};
 
 use holdfast_api::{AddVolume, CreateVm, DiskFormat, VmState, VolumeKind};
 use holdfast_lab::cluster::{Cluster, GuestVm, VmTemplate};
-use holdfast_lab::guest::{ImageFormat, RecordsReport, Writer, verify_records};
+use holdfast_lab::guest::Writer;
+use holdfast_lab::records_on;
 
 use crate::bench::{DEADLINE, elsewhere, eventually, refused, three_nodes};
 
 const LUN: &str = "san";
 const LUN_BYTES: u64 = 480 << 20;
 const SLAB_BYTES: u64 = 16 << 20;
-/// Between the places at which slabs can begin.
-const STEP: u64 = 1 << 20;
 
 /// A LUN that was used for something else before: all of it is something.
 fn used_lun(path: &Path) {
@@ -29,25 +28,6 @@ fn used_lun(path: &Path) {
     file.write_all_at(b"\x53\xef", 0x438).unwrap();
 }
 
-/// The first slab of a VM's disk, as the device has it: the one that begins like a
-/// guest's disk of this size, and holds the highest record of all such.
-fn records(cluster: &Cluster, device: &Path, vm: &GuestVm) -> RecordsReport {
-    let lun = File::open(device).unwrap();
-    let image = cluster.lab().directory().join(format!("{}.raw", vm.name));
-    let mut found = Vec::new();
-    for at in (0..LUN_BYTES - SLAB_BYTES + 1).step_by(STEP as usize) {
-        let mut begin = [0; 8];
-        lun.read_exact_at(&mut begin, at).unwrap();
-        if begin == *b"HFDISK01" {
-            let mut slab = vec![0; SLAB_BYTES as usize];
-            lun.read_exact_at(&mut slab, at).unwrap();
-            std::fs::write(&image, slab).unwrap();
-            found.push(verify_records(&image, ImageFormat::Raw).unwrap());
-        }
-    }
-    found.into_iter().max_by_key(|report| report.highest).expect("the guest's disk on the LUN")
-}
-
 /// Ends a guest that has written all the time: it saw no error, and what was acknowledged
 /// is on the LUN.
 pub fn nothing_is_lost(cluster: &Cluster, device: &Path, vm: &GuestVm, writer: Writer) {
@@ -55,7 +35,8 @@ pub fn nothing_is_lost(cluster: &Cluster, device: &Path, vm: &GuestVm, writer: W
     println!("{} records, longest gap {:?}", report.acknowledged.len(), report.longest_gap);
     assert_eq!(report.refused, 0, "the guest saw an error");
     cluster.switch_off(&vm.name).unwrap();
-    let found = records(cluster, device, vm);
+    let image = cluster.lab().directory().join(format!("{}.raw", vm.name));
+    let found = records_on(device, SLAB_BYTES, &image).unwrap();
     assert!(found.missing.is_empty() && found.corrupt_sectors.is_empty(), "{found:?}");
     assert_eq!(found.lost(&report.acknowledged), []);
 }

@@ -1,15 +1,11 @@
 //! A LUN on the storage network: a node loses its path to it while a VM there writes, and
 //! goes on through the volume's owner, also when that dies, until its path is back.
 
-use std::fs::File;
-use std::net::Ipv4Addr;
-use std::path::Path;
-use std::process::{Child, Command};
 use std::time::Duration;
 
 use holdfast_api::{AddVolume, PathState, VolumeView};
-use holdfast_lab::Network;
 use holdfast_lab::cluster::{Cluster, VmTemplate};
+use holdfast_lab::{Network, San};
 
 use crate::bench::{DEADLINE, eventually, three_nodes};
 use crate::lun::nothing_is_lost;
@@ -17,37 +13,6 @@ use crate::lun::nothing_is_lost;
 const LUN: &str = "san";
 const LUN_BYTES: u64 = 480 << 20;
 const SLAB_BYTES: u64 = 16 << 20;
-
-/// What exports the LUN, beside the storage network's switch.
-struct San(Child);
-
-impl San {
-    fn start(cluster: &Cluster, file: &Path) -> (San, String) {
-        File::create(file).unwrap().set_len(LUN_BYTES).unwrap();
-        let address: Ipv4Addr = Network::Storage.address_ending_in(1);
-        let fabric = cluster.lab().fabric().namespace();
-        let ip = Command::new("ip")
-            .args(["-n", fabric.name(), "addr", "add", &format!("{address}/24"), "dev", Network::Storage.bridge()])
-            .status();
-        assert!(ip.unwrap().success());
-        let server = fabric.run(|| {
-            Command::new("qemu-nbd")
-                .args(["--format=raw", "--persistent", "--shared=0", "--cache=none", "--discard=unmap", "-x", "lun"])
-                .arg(format!("--bind={address}"))
-                .arg(file)
-                .spawn()
-                .unwrap()
-        });
-        (San(server.unwrap()), format!("nbd://{address}/lun"))
-    }
-}
-
-impl Drop for San {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 fn volume(cluster: &Cluster) -> VolumeView {
     let volumes = cluster.any().unwrap().volumes().unwrap();
@@ -70,8 +35,8 @@ fn owner(cluster: &Cluster) -> String {
 fn a_vm_writes_on_while_its_node_has_no_path_and_while_owners_die() {
     let (cluster, _turn) = three_nodes();
     let device = cluster.lab().directory().join("lun");
-    let (_san, address) = San::start(&cluster, &device);
-    let request = AddVolume { name: LUN.into(), directory: None, lun: Some(address), erase: None };
+    let san = San::start(cluster.lab(), &device, LUN_BYTES).unwrap();
+    let request = AddVolume { name: LUN.into(), directory: None, lun: Some(san.lun()), erase: None };
     eventually("the LUN becomes a volume", || cluster.any().unwrap().add_volume(&request).ok());
     cluster.wait_ready(DEADLINE).unwrap();
     let template = VmTemplate::new("web", 101).memory(192 << 20).disk(LUN, SLAB_BYTES);
