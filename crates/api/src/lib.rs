@@ -28,7 +28,7 @@ pub use fencing::{FenceTestView, FencingView, SetFencing, WatchdogState, Watchdo
 pub use job::{Event, JobOutcome, JobState, JobView, Moved, Severity};
 pub use lun::{FileView, ImportVolume, VolumeCheck};
 pub use network::{AddSwitch, NetworkView, SetNetwork, SwitchKind, SwitchView};
-pub use node::{Address, JoinCluster, JoinLine, MakeJoinToken, NodeState, NodeView, SetNode};
+pub use node::{Address, JoinCluster, JoinLine, MakeJoinToken, NodeState, NodeView, SetNode, StaysView};
 pub use quorum::{ForceQuorum, ForcedQuorum, QuorumView, SeatView};
 pub use size::{BadSize, Size};
 pub use stream::{Change, ChangeKind};

@@ -49,6 +49,16 @@ pub struct NodeView {
     pub version: String,
     /// How many VMs it may run right now.
     pub vms: usize,
+    /// Since when it is drained for maintenance: VMs leave it, and none comes.
+    #[serde(default)]
+    pub drained_since_ms: Option<u64>,
+    /// VMs that stay on it although it is drained, and why; those that are on their way
+    /// or move next are not among them.
+    #[serde(default)]
+    pub stays: Vec<StaysView>,
+    /// It is being removed: it is a node until its lease has ended.
+    #[serde(default)]
+    pub leaves: bool,
     /// What makes sure that its VMs are dead before they start elsewhere.
     pub fencing: String,
     /// How its power can be switched off; absent when nobody has said how.
@@ -60,6 +70,15 @@ pub struct NodeView {
     pub joined_ms: u64,
     /// The newest machine type that its QEMU offers.
     pub newest_machine: Option<String>,
+}
+
+/// A VM that stays on a drained node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StaysView {
+    /// Its name.
+    pub vm: String,
+    /// What stands in its way.
+    pub why: String,
 }
 
 /// Whether a node may run VMs.

@@ -53,6 +53,14 @@ pub enum Broken {
         /// Where.
         node: NodeId,
     },
+    /// A VM that was not there is placed on a node that is drained or being removed.
+    #[error("VM {vm} comes to node {node}, which is drained or being removed")]
+    Drained {
+        /// The VM.
+        vm: VmId,
+        /// Where.
+        node: NodeId,
+    },
     /// A node's memory would be promised twice.
     #[error("node {node} would promise {promised} bytes of {has}")]
     Memory {
@@ -143,6 +151,7 @@ impl Account {
             }
             Action::Place { vm, node, after } => {
                 self.all_over(*vm, after)?;
+                self.may_come(state, *vm, *node)?;
                 let Some((true, term)) = self.up.get(node).copied() else {
                     return Err(Broken::NotUp { vm: *vm, node: *node });
                 };
@@ -188,6 +197,7 @@ impl Account {
             Action::MoveAway { vm, to } => {
                 let rights = self.rights.get(vm).map_or(&[][..], Vec::as_slice);
                 let [from] = *rights else { return Err(Broken::MoveAway(*vm)) };
+                self.may_come(state, *vm, *to)?;
                 let Some((true, term)) = self.up.get(to).copied() else { return Err(Broken::MoveAway(*vm)) };
                 if self.is_void(&from) || from.node == *to {
                     return Err(Broken::MoveAway(*vm));
@@ -220,6 +230,13 @@ impl Account {
 
     fn is_void(&self, tenure: &Tenure) -> bool {
         self.up.get(&tenure.node).is_none_or(|(up, term)| !up || *term != tenure.term)
+    }
+
+    /// Nothing comes to a node that is to be empty; what is there may stay.
+    fn may_come(&self, state: &ClusterState, vm: VmId, node: NodeId) -> Result<(), Broken> {
+        let open = state.nodes.get(&node).is_none_or(|node| node.drained_ms.is_none() && !node.leaves);
+        let there = self.rights.get(&vm).is_some_and(|rights| rights.iter().any(|right| right.node == node));
+        if open || there { Ok(()) } else { Err(Broken::Drained { vm, node }) }
     }
 
     /// Every right that is out has to be over, on evidence that holds.

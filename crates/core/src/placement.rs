@@ -15,6 +15,8 @@ pub enum Denial {
     NotUp,
     /// It is being removed.
     Leaves,
+    /// It is drained for maintenance.
+    Drained,
     /// It has no usable QEMU.
     NoQemu,
     /// Its QEMU does not know the VM's machine type.
@@ -56,6 +58,7 @@ impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Denial::NotUp => write!(f, "is not up"),
+            Denial::Drained => write!(f, "is drained for maintenance"),
             Denial::Leaves => write!(f, "is being removed"),
             Denial::NoQemu => write!(f, "has no usable QEMU"),
             Denial::NoMachine(machine) => write!(f, "has a QEMU without machine type {machine}"),
@@ -94,6 +97,11 @@ pub fn fits(state: &ClusterState, node: &Node, vm: Option<VmId>, spec: &VmSpec) 
     }
     if node.leaves {
         return Err(Denial::Leaves);
+    }
+    // What is still there may be started there again.
+    let there = |id| state.vms.get(&id).is_some_and(|vm| vm.tenures().any(|t| t.node == node.id && !state.is_void(t)));
+    if node.drained_ms.is_some() && !vm.is_some_and(there) {
+        return Err(Denial::Drained);
     }
     if node.facts.qemu.is_none() {
         return Err(Denial::NoQemu);
@@ -157,7 +165,7 @@ pub fn choose(
             Ok(free) => {
                 let direct = reaches_directly(state, node.id, spec);
                 let room = freeness(state, node, vm, spec, free);
-                let rank = (!quiet.contains(&node.id), direct, node.facts.accelerator, room);
+                let rank = (!quiet.contains(&node.id), node.drained_ms.is_none(), direct, node.facts.accelerator, room);
                 if best.as_ref().is_none_or(|(known, ..)| rank > *known) {
                     best = Some((rank, node.id, free));
                 }

@@ -1,5 +1,6 @@
 //! The coordinator's decisions: a pure function of the state and what is observed.
 
+mod drain;
 mod migration;
 mod vm;
 mod volume;

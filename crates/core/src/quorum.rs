@@ -128,6 +128,7 @@ pub(crate) mod tests {
                 facts: NodeFacts::default(),
                 joined_ms: 0,
                 site: (*site != "-").then(|| (*site).to_owned()),
+                drained_ms: None,
                 leaves: false,
             };
             state.nodes.insert(id, node);

@@ -128,7 +128,6 @@ pub fn what_if(question: &Question, now: Situation<'_>) -> Result<Forecast, Brok
     let within = (!lost.is_empty()).then(|| lost_within(now, coordinator));
     let mut run = run::Run::new(now.state, now.observed, now.now_ms, &lost);
     run.unreachable(&question.volumes);
-    run.settle()?;
     let refused = run.drain(&question.drained)?;
     let unfit = lost.iter().copied().chain(now.survey.seats.iter().filter(|seat| !seat.present).map(|seat| seat.id));
     let mut unfit: BTreeSet<_> = unfit.filter(|id| *id != coordinator).collect();

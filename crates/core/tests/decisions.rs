@@ -456,3 +456,56 @@ fn a_guest_that_writes_makes_nobody_forget_what_was_asked_before() {
     }
     assert_eq!(lab.state.apply(&add), Reply::Done, "applied once, and answered alike");
 }
+
+#[test]
+fn a_drained_node_is_left_by_one_vm_after_the_other_and_takes_none() {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::High);
+    let other = 3 - node;
+    let drain = |drained: bool| Command::DrainNode { node: NodeId(node), drained };
+    assert!(matches!(lab.ask(drain(false)), Reply::Refused(_)), "it is not drained");
+    assert_eq!(lab.ask(drain(true)), Reply::Done);
+    assert_eq!(lab.plan(), [Action::MoveAway { vm: WEB, to: NodeId(other) }]);
+    lab.say(node, WEB, Run::Kept { why: "cancelled".into() });
+    assert_eq!(lab.plan(), [Action::AbortMove { vm: WEB }]);
+    assert_eq!(lab.plan(), [], "it is not begun again at once");
+    lab.now_ms += 10_000;
+    lab.say(node, WEB, Run::Running);
+    assert_eq!(lab.plan(), [Action::MoveAway { vm: WEB, to: NodeId(other) }]);
+
+    // Nothing comes to it, by no way.
+    let (db, log) = (vm_id(7), vm_id(8));
+    lab.create(db, "db", spec(512, Priority::High));
+    lab.plan();
+    assert_eq!(lab.on(db), Some(other));
+    lab.say(other, db, Run::Running);
+    lab.plan();
+    let why = lab.ask(Command::MigrateVm { vm: db, to: Some(NodeId(node)) });
+    assert!(matches!(&why, Reply::Refused(Refusal::NoRoom { why, .. }) if why.contains("is drained")), "{why:?}");
+    lab.create(log, "log", spec(256, Priority::Low));
+    lab.plan();
+    assert_eq!(lab.on(log), Some(other));
+    lab.lose(other);
+    lab.plan();
+    assert_eq!((lab.on(db), lab.on(log)), (None, None), "held until there is a node for them");
+    assert!(matches!(lab.state.vms[&db].hold, Some(Hold::NoRoom { .. })));
+    assert_eq!(lab.ask(drain(false)), Reply::Done);
+    lab.plan();
+    assert_eq!((lab.on(db), lab.on(log)), (Some(node), Some(node)));
+}
+
+#[test]
+fn what_cannot_leave_a_drained_node_says_why_and_starts_there_again() {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::High);
+    let both: Vec<_> = (1..=2).map(|node| Command::DrainNode { node: NodeId(node), drained: true }).collect();
+    for drain in both {
+        lab.ask(drain);
+    }
+    assert_eq!(lab.plan(), []);
+    let why = lab.state.cannot_leave(&lab.state.vms[&WEB]).expect("a reason");
+    assert!(why.contains("no node has room") && why.contains("drained for maintenance"), "{why}");
+    lab.say(node, WEB, Run::Exited { detail: "signal 9".into() });
+    lab.plan();
+    assert_eq!(lab.on(WEB), Some(node), "better there than nowhere");
+}

@@ -65,6 +65,9 @@ pub fn plot(seed: u64) -> Plot {
     for _ in 0..wishes {
         author.wish();
     }
+    if seed % 4 == 1 {
+        author.drains();
+    }
     let luns = has_luns(seed);
     if luns {
         author.paths();
@@ -249,6 +252,17 @@ impl Author {
         for _ in 0..self.rng.between(0, 4) {
             let (at, lun, node) = (self.at(), self.rng.between(0, 1) as usize, self.node());
             self.ask(at, Wish::Own(lun, node));
+        }
+    }
+
+    /// Nodes are emptied, and some may take VMs again.
+    fn drains(&mut self) {
+        for _ in 0..self.rng.between(1, 4) {
+            let (at, span, node) = (self.at(), self.span(), self.node());
+            self.ask(at, Wish::Drain(node));
+            if self.rng.permille(600) {
+                self.ask(at + span, Wish::Resume(node));
+            }
         }
     }
 

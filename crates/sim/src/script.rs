@@ -57,6 +57,10 @@ pub enum Wish {
     Cancel(String),
     /// Removes a node.
     Remove(usize),
+    /// Empties a node for maintenance.
+    Drain(usize),
+    /// Lets VMs come to it again.
+    Resume(usize),
     /// Says how much memory a node has for VMs, in MiB.
     Memory(usize, u64),
     /// Chooses how fast a lost node is noticed.
@@ -194,6 +198,8 @@ impl fmt::Display for Deed {
                 Wish::Migrate(vm, None) => write!(f, "migrate {vm}"),
                 Wish::Cancel(vm) => write!(f, "cancel {vm}"),
                 Wish::Remove(node) => write!(f, "remove {}", n(node)),
+                Wish::Drain(node) => write!(f, "drain {}", n(node)),
+                Wish::Resume(node) => write!(f, "resume {}", n(node)),
                 Wish::Memory(node, mib) => write!(f, "memory {} {mib}M", n(node)),
                 Wish::Profile(of) => write!(f, "profile {}", profile(*of)),
                 Wish::Own(volume, node) => write!(f, "own {} {}", lun(*volume), n(node)),
@@ -373,6 +379,8 @@ impl FromStr for Deed {
             ["migrate", name, to] => ask(Wish::Migrate(vm(name), Some(node(to)?))),
             ["cancel", name] => ask(Wish::Cancel(vm(name))),
             ["remove", n] => ask(Wish::Remove(node(n)?)),
+            ["drain", n] => ask(Wish::Drain(node(n)?)),
+            ["resume", n] => ask(Wish::Resume(node(n)?)),
             ["memory", n, memory] => ask(Wish::Memory(node(n)?, mebibytes(memory)?)),
             ["profile", "default"] => ask(Wish::Profile(Profile::Default)),
             ["profile", "fast"] => ask(Wish::Profile(Profile::Fast)),
@@ -469,6 +477,8 @@ mod tests {
             "migrate web n3",
             "cancel web",
             "remove n2",
+            "drain n2",
+            "resume coordinator",
             "memory n1 64M",
             "profile wan",
             "own lun2 n3",

@@ -145,6 +145,11 @@ pub enum Cause {
         /// What is in the way.
         why: String,
     },
+    /// A node is drained for maintenance.
+    Drained {
+        /// Which node.
+        node: NodeId,
+    },
     /// A node reaches a volume by itself, and owns the fewest others of those that do.
     FewestVolumes {
         /// Which node.
@@ -233,6 +238,7 @@ impl fmt::Display for Cause {
             Cause::PathAway { node, volume, why } => {
                 write!(f, "node {node} does not reach volume {volume} by itself: {why}")
             }
+            Cause::Drained { node } => write!(f, "node {node} is drained for maintenance"),
             Cause::FewestVolumes { node, owned } => {
                 write!(f, "node {node} reaches it by itself, and owns {owned} other volumes")
             }

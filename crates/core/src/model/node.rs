@@ -33,6 +33,10 @@ pub struct Node {
     /// Where it stands: votes are spread over sites.
     #[serde(default)]
     pub site: Option<String>,
+    /// Since when it is drained, milliseconds since the Unix epoch: what is on it leaves,
+    /// and nothing comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drained_ms: Option<u64>,
     /// It is being removed: it gets no lease any more, and is a node until its last one
     /// has certainly ended, so that what it still does is followed by nobody's work.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -115,6 +115,7 @@ impl Planner<'_> {
         }
         if !ended {
             self.give_up_waiting(vm);
+            self.leave_drained(vm, tenure);
             self.leave_bad_path(vm, tenure);
         }
     }

@@ -51,6 +51,12 @@ impl Planner<'_> {
                     self.succeed(volume, &access, Evidence::Exited);
                 }
             }
+            Some(owner) if self.is_drained(owner.node) && self.state.is_fit(volume, owner.node) => {
+                if self.next_owner(volume, &access).is_some_and(|(next, _)| !self.is_drained(next)) {
+                    let cause = Cause::Drained { node: owner.node };
+                    self.decide(Action::LeaveVolume { volume: volume.into() }, cause);
+                }
+            }
             Some(owner) if !self.state.is_fit(volume, owner.node) => {
                 // While nobody else has a path either, nothing is gained.
                 if self.next_owner(volume, &access).is_some() {
@@ -80,7 +86,7 @@ impl Planner<'_> {
     /// Whoever a user named, if it can; else a node with a steady path that was answered
     /// lately, if there is one, and owns the fewest volumes.
     fn next_owner(&self, volume: &str, access: &Access) -> Option<(NodeId, Cause)> {
-        if let Some(next) = access.next.filter(|next| self.state.is_fit(volume, *next)) {
+        if let Some(next) = access.next.filter(|next| self.state.is_fit(volume, *next) && !self.is_drained(*next)) {
             return Some((next, Cause::Requested { by: "a user".into() }));
         }
         let quiet = self.quiet();
@@ -93,8 +99,13 @@ impl Planner<'_> {
             self.now_ms.abs_diff(since_ms) >= STEADY_MS
         };
         let fit = self.state.nodes.keys().copied().filter(|id| self.state.is_fit(volume, *id));
-        let best = fit.min_by_key(|id| (quiet.contains(id), Reverse(steady(*id)), owned(*id), *id))?;
+        let best =
+            fit.min_by_key(|id| (self.is_drained(*id), quiet.contains(id), Reverse(steady(*id)), owned(*id), *id))?;
         Some((best, Cause::FewestVolumes { node: best, owned: owned(best) }))
+    }
+
+    fn is_drained(&self, id: NodeId) -> bool {
+        self.state.nodes.get(&id).is_some_and(|node| node.drained_ms.is_some())
     }
 
     /// Whether the owner's node has said that nothing of others is under way there.

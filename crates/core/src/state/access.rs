@@ -97,6 +97,9 @@ impl ClusterState {
         let lun = self.luns.get(volume).ok_or_else(|| self.no_lun(volume))?;
         let why = match self.reached(volume, id).map(|reached| &reached.path) {
             _ if !node.is_up() => "is not up".into(),
+            _ if node.drained_ms.is_some() => {
+                format!("is drained for maintenance (`holdfast node resume {}` ends that)", node.name)
+            }
             _ if node.leaves => "is being removed".into(),
             _ if lun.access.redirected.contains(&id) => {
                 format!(

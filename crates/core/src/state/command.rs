@@ -37,6 +37,13 @@ pub enum Command {
         /// Which.
         node: NodeId,
     },
+    /// Empties a node for maintenance and keeps it empty, or not any more.
+    DrainNode {
+        /// Which.
+        node: NodeId,
+        /// Whether it is to be empty.
+        drained: bool,
+    },
     /// What a node says of itself.
     SetFacts {
         /// Which.

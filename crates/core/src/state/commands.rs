@@ -23,6 +23,7 @@ impl ClusterState {
             }
             Command::Join { digest, node } => self.join(at_ms, &digest, node),
             Command::RemoveNode { node } => self.remove_node(at_ms, by, node),
+            Command::DrainNode { node, drained } => self.drain_node(at_ms, by, node, drained),
             Command::SetFacts { node, facts } => self.set_facts(node, facts),
             Command::SetFencing { node, fencing } => self.set_fencing(at_ms, by, node, fencing),
             Command::FenceTested { node, agent, test } => self.fence_tested(node, &agent, test),
@@ -212,6 +213,7 @@ impl ClusterState {
             facts: new.facts,
             joined_ms: at_ms,
             site: new.site,
+            drained_ms: None,
             leaves: false,
         };
         self.nodes.insert(id, node);

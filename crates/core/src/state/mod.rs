@@ -4,6 +4,7 @@ mod access;
 mod command;
 mod commands;
 mod decisions;
+mod drain;
 mod fencing;
 mod generation;
 mod jobs;

@@ -7,7 +7,6 @@ use uuid::Uuid;
 use crate::check::{Broken, check};
 use crate::model::*;
 use crate::observed::{Observed, Run as Word, VmReport};
-use crate::placement;
 use crate::plan::{Action, plan};
 use crate::state::{ClusterState, Command, Proposal, Reply};
 
@@ -69,29 +68,23 @@ impl Run {
         Ok(())
     }
 
-    /// Migrates what runs on these nodes elsewhere, as far as there is room; says of
-    /// which VM it cannot be done, and why.
+    /// Decides until nothing is left to decide, with these nodes drained; says of which
+    /// VM it stays on one of them, and why.
     pub(super) fn drain(&mut self, nodes: &BTreeSet<NodeId>) -> Result<BTreeMap<VmId, String>, Broken> {
-        let mut refused = BTreeMap::new();
-        let avoid: Vec<_> = nodes.iter().copied().collect();
-        let on_them = |vm: &&Vm| vm.node().is_some_and(|node| nodes.contains(&node));
-        let mut vms: Vec<_> = self.state.vms.values().filter(on_them).cloned().collect();
-        vms.sort_by_key(|vm| (std::cmp::Reverse(vm.spec.priority), vm.created_ms, vm.id));
-        for vm in vms {
-            match placement::choose(&self.state, vm.id, &vm.spec, &avoid, &[]) {
-                Ok((to, _)) => {
-                    if let Reply::Refused(refusal) = self.apply(Command::MigrateVm { vm: vm.id, to: Some(to) }) {
-                        refused.insert(vm.id, refusal.to_string());
-                    }
-                    self.settle()?;
-                }
-                Err(mut denials) => {
-                    denials.retain(|(node, _)| !nodes.contains(node));
-                    refused.insert(vm.id, format!("no node has room: {}", placement::tell(&self.state, &denials)));
-                }
+        for node in nodes {
+            self.apply(Command::DrainNode { node: *node, drained: true });
+        }
+        // They leave one after the other.
+        loop {
+            let before = self.moved.len();
+            self.settle()?;
+            if self.moved.len() == before {
+                break;
             }
         }
-        Ok(refused)
+        let on_them = |vm: &&Vm| vm.node().is_some_and(|node| nodes.contains(&node));
+        let why = |vm: &Vm| self.state.cannot_leave(vm).unwrap_or_else(|| "it was tried a moment ago".into());
+        Ok(self.state.vms.values().filter(on_them).map(|vm| (vm.id, why(vm))).collect())
     }
 
     fn apply(&mut self, command: Command) -> Reply {

@@ -213,6 +213,7 @@ mod tests {
                 facts: NodeFacts::default(),
                 joined_ms: 0,
                 site: None,
+                drained_ms: None,
                 leaves: false,
             };
             state.nodes.insert(node.id, node);

@@ -217,6 +217,19 @@ pub enum NodeCommand {
         #[arg(long, value_name = "SITE|none")]
         site: String,
     },
+    /// Empty a node for maintenance: its VMs move away while they run, and none comes.
+    Drain {
+        /// Its name.
+        name: String,
+        /// Do not wait until it is empty.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Let VMs come to a node again that was drained.
+    Resume {
+        /// Its name.
+        name: String,
+    },
     /// Remove a node. No VM may be on it, unless it is lost.
     Remove {
         /// Its name.
@@ -528,6 +541,8 @@ mod tests {
             "--json node list",
             "node show n1",
             "node remove n1",
+            "node drain n1 --no-wait --json",
+            "node resume n1",
             "node set n1 --site east",
             "node join 10.0.0.1 --token abc --site west",
             "cluster init --name prod --site east",

@@ -1,13 +1,19 @@
 //! The cluster and what it consists of: nodes, networks, switches, volumes,
 //! tokens.
 
+use std::time::Duration;
+
 use holdfast_api as api;
 use hyper::Method;
+use tokio::time::sleep;
 
 use super::args::*;
 use super::client::Client;
 use super::vm::segment;
 use super::{Done, fencing, luns, output};
+
+/// So often a node that is being drained is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(300);
 
 /// `holdfast cluster`.
 pub async fn cluster(client: &Client, command: ClusterCommand, json: bool) -> Done {
@@ -93,7 +99,11 @@ pub async fn node(client: &Client, command: NodeCommand, json: bool) -> Done {
             let row = |node: &api::NodeView| {
                 [
                     node.name.clone(),
-                    output::word(&node.state),
+                    match (node.leaves, node.drained_since_ms) {
+                        (true, _) => format!("{}, leaves", output::word(&node.state)),
+                        (_, Some(_)) => format!("{}, drained", output::word(&node.state)),
+                        _ => output::word(&node.state),
+                    },
                     if node.coordinator {
                         "coordinator"
                     } else if node.voter {
@@ -129,6 +139,15 @@ pub async fn node(client: &Client, command: NodeCommand, json: bool) -> Done {
                 false => show_node(&node),
             }
         }
+        NodeCommand::Drain { name, no_wait } => drain(client, &name, no_wait, json).await,
+        NodeCommand::Resume { name } => {
+            let path = format!("/api/v1/nodes/{}/resume", segment(&name));
+            let node: api::NodeView = client.post(&path, &serde_json::json!({})).await?;
+            match json {
+                true => output::json(&node),
+                false => output::line(&format!("VMs may come to node {name} again.")),
+            }
+        }
         NodeCommand::Remove { name } => {
             let () = client.delete(&format!("/api/v1/nodes/{}", segment(&name))).await?;
             done(json, format!("Node {name} is removed."))
@@ -157,6 +176,30 @@ pub async fn node(client: &Client, command: NodeCommand, json: bool) -> Done {
     }
 }
 
+/// Waits until nothing runs there, or what does cannot leave.
+async fn drain(client: &Client, name: &str, no_wait: bool, json: bool) -> Done {
+    let path = format!("/api/v1/nodes/{}", segment(name));
+    let mut node: api::NodeView = client.post(&format!("{path}/drain"), &serde_json::json!({})).await?;
+    let mut told = 0;
+    while !no_wait && node.drained_since_ms.is_some() && node.vms > node.stays.len() {
+        if node.vms != told && !json {
+            output::line(&format!("{} VMs on node {name}", node.vms))?;
+            told = node.vms;
+        }
+        sleep(LOOK_EVERY).await;
+        node = client.get(&path).await?;
+    }
+    if json {
+        output::json(&node)?;
+    }
+    if no_wait || node.vms == 0 {
+        return if json { Ok(()) } else { output::line(&format!("Node {name} is drained: {} VMs on it.", node.vms)) };
+    }
+    let stays: Vec<_> = node.stays.iter().map(|stays| format!("{}: {}", stays.vm, stays.why)).collect();
+    let text = format!("node {name} is not empty: {}; they leave when they can", stays.join("; "));
+    Err(super::CliError::Job(text))
+}
+
 /// What is said when there is nothing else to say.
 fn done(json: bool, text: String) -> Done {
     match json {
@@ -178,6 +221,7 @@ fn show_node(node: &api::NodeView) -> Done {
         ("name", node.name.clone()),
         ("number", node.id.to_string()),
         ("state", output::word(&node.state)),
+        ("drained", node.drained_since_ms.map_or_else(|| "no".into(), |at| format!("since {}", output::moment(at)))),
         ("term", node.term.to_string()),
         ("coordinator", output::yes(node.coordinator)),
         ("voter", output::yes(node.voter)),

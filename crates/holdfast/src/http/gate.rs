@@ -175,6 +175,7 @@ mod tests {
             facts: Default::default(),
             joined_ms: 0,
             site: None,
+            drained_ms: None,
             leaves: false,
         };
         state.nodes.insert(NodeId(1), node);

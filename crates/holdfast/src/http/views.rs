@@ -92,6 +92,11 @@ fn warnings(state: &ClusterState, from: Vantage<'_>) -> Vec<String> {
                 "node {name} has joined, but its keeper was not heard yet: check `systemctl status holdfast` there"
             )),
         }
+        if node.drained_ms.is_some() {
+            warnings.push(format!(
+                "node {name} is drained for maintenance: no VM starts there (`holdfast node resume {name}` ends that)"
+            ));
+        }
         if node.is_up() && node.facts.qemu.is_none() {
             warnings.push(format!("node {name} has no usable QEMU, so no VM can run there: install QEMU 7.2 or later"));
         }
@@ -208,12 +213,22 @@ pub fn node(state: &ClusterState, node: &Node, from: Vantage<'_>) -> api::NodeVi
         port: node.port,
         version: node.facts.version.clone(),
         vms: state.vms.values().filter(on_it).count(),
+        drained_since_ms: node.drained_ms,
+        stays: stays(state, node),
+        leaves: node.leaves,
         fencing: fencing::in_words(state, node, watchdog),
         power_fencing: fencing(state, node.id),
         watchdog: watchdog.map(fencing::watchdog),
         joined_ms: node.joined_ms,
         newest_machine: node.facts.machines.last().cloned(),
     }
+}
+
+/// The VMs that cannot leave a drained node, and why.
+fn stays(state: &ClusterState, node: &Node) -> Vec<api::StaysView> {
+    let on_it = |vm: &&Vm| node.drained_ms.is_some() && vm.node() == Some(node.id);
+    let why = |vm: &Vm| Some(api::StaysView { vm: vm.name.clone(), why: state.cannot_leave(vm)? });
+    state.vms.values().filter(on_it).filter_map(why).collect()
 }
 
 /// The word for how a node is.

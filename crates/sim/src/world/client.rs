@@ -88,6 +88,8 @@ impl World {
                 Some(Command::CancelJob { job: job.id })
             }
             Wish::Remove(index) => Some(Command::RemoveNode { node: node(*index)? }),
+            Wish::Drain(index) => Some(Command::DrainNode { node: node(*index)?, drained: true }),
+            Wish::Resume(index) => Some(Command::DrainNode { node: node(*index)?, drained: false }),
             Wish::Memory(index, mib) => {
                 let mut facts = state.nodes.get(&node(*index)?)?.facts.clone();
                 facts.memory_bytes = mib << 20;

@@ -135,6 +135,7 @@ impl World {
             self.last_decision = self.now;
         }
         self.judge_epochs(&before, &after);
+        self.judge_drained(&before, &after);
         self.judge_history(&after);
         self.judge_volumes(&before, &after);
         self.tell_news(&before, &after);
@@ -175,6 +176,23 @@ impl World {
             let beyond = vm.tenures().any(|tenure| tenure.epoch > vm.last_epoch);
             if was.last_epoch > vm.last_epoch || reused > 0 || beyond {
                 self.broken("epochs only grow", format!("{}: {:?} after {:?}", vm.name, vm.placement, was.placement));
+            }
+        }
+    }
+
+    /// Nothing comes to a node that is drained.
+    fn judge_drained(&mut self, before: &ClusterState, after: &ClusterState) {
+        for (id, vm) in &after.vms {
+            let was = before.vms.get(id);
+            let came = vm.tenures().find(|tenure| {
+                let drained = |state: &ClusterState| {
+                    state.nodes.get(&tenure.node).is_some_and(|node| node.drained_ms.is_some() || node.leaves)
+                };
+                let there = was.is_some_and(|was| was.tenures().any(|old| old.node == tenure.node));
+                drained(before) && drained(after) && !there
+            });
+            if let Some(came) = came {
+                self.broken("drained nodes take nothing", format!("{} came to n{}", vm.name, host_of(came.node) + 1));
             }
         }
     }
@@ -330,21 +348,17 @@ impl World {
             (Placement::Nowhere, false) => None,
             (Placement::Nowhere, true) => match &vm.hold {
                 Some(Hold::Failed { .. } | Hold::NotProtected) => None,
-                Some(Hold::NoRoom { .. }) => {
-                    let needs = vm.spec.memory_bytes + (64 << 20);
-                    let roomy = state.nodes.values().find(|node| {
-                        let on = |other: &&Vm| other.tenures().any(|tenure| tenure.node == node.id);
-                        let taken: u64 =
-                            state.vms.values().filter(on).map(|other| other.spec.memory_bytes + (64 << 20)).sum();
-                        node.facts.memory_bytes.saturating_sub(taken) >= needs
-                    });
-                    roomy.and_then(|node| tell(format!("is held for want of room, but {} has it", node.name)))
-                }
+                Some(Hold::NoRoom { .. }) => roomy(state, vm)
+                    .and_then(|node| tell(format!("is held for want of room, but {} has it", node.name))),
                 Some(Hold::DiskLocked { .. }) | None => tell("should run, but is nowhere and nobody says why".into()),
             },
             (Placement::On(tenure), true) => {
                 let host = &self.hosts[host_of(tenure.node)];
                 let stage = host.keeper.processes.get(&(vm.id, tenure.epoch)).map(|qemu: &Qemu| qemu.stage);
+                let drained = state.nodes.get(&tenure.node).is_some_and(|node| node.drained_ms.is_some());
+                if let Some(node) = roomy(state, vm).filter(|_| drained && vm.desired == Desired::Running) {
+                    return tell(format!("is on a drained node, and {} has room", node.name));
+                }
                 let as_wanted = match vm.desired {
                     Desired::Paused => stage == Some(Stage::Paused),
                     _ => stage == Some(Stage::Running),
@@ -354,4 +368,14 @@ impl World {
             (placement, _) => tell(format!("{:?} is wanted, is {placement:?}", vm.desired)),
         }
     }
+}
+
+/// A node that VMs may come to and that has room for this one.
+fn roomy<'a>(state: &'a ClusterState, vm: &Vm) -> Option<&'a Node> {
+    let needs = |vm: &Vm| vm.spec.memory_bytes + (64 << 20);
+    state.nodes.values().filter(|node| node.drained_ms.is_none()).find(|node| {
+        let on = |other: &&Vm| other.tenures().any(|tenure| tenure.node == node.id);
+        let taken: u64 = state.vms.values().filter(on).map(needs).sum();
+        node.facts.memory_bytes.saturating_sub(taken) >= needs(vm)
+    })
 }

@@ -20,6 +20,7 @@ fn node(id: u64, machines: &[&str]) -> Node {
         },
         joined_ms: 0,
         site: None,
+        drained_ms: None,
         leaves: false,
     }
 }

@@ -48,6 +48,8 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(cluster::metrics))
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::show, nodes::set, nodes::remove))
+        .routes(routes!(nodes::drain))
+        .routes(routes!(nodes::resume))
         .routes(routes!(nodes::make_join_token))
         .routes(routes!(fencing::show, fencing::set, fencing::clear))
         .routes(routes!(fencing::test))

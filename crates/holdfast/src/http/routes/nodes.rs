@@ -68,6 +68,45 @@ pub async fn set(
     show(State(served), Path(name)).await
 }
 
+/// Empties a node for maintenance: its VMs move away while they run, one after the other
+/// and as far as there is room, its volumes get other owners, and nothing comes to it
+/// until it is resumed.
+#[utoipa::path(post, path = "/api/v1/nodes/{name}/drain", operation_id = "drainNode", tag = "nodes", params(("name" = String, Path)), responses(
+    (status = 200, body = api::NodeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn drain(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<Json<api::NodeView>, ApiError> {
+    set_drained(served, &by, name, true).await
+}
+
+/// Lets VMs come to a node again that was drained.
+#[utoipa::path(post, path = "/api/v1/nodes/{name}/resume", operation_id = "resumeNode", tag = "nodes", params(("name" = String, Path)), responses(
+    (status = 200, body = api::NodeView),
+    (status = "default", body = api::ErrorBody, description = "an error"),
+))]
+pub async fn resume(
+    State(served): State<Served>,
+    Extension(by): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<Json<api::NodeView>, ApiError> {
+    set_drained(served, &by, name, false).await
+}
+
+async fn set_drained(
+    served: Served,
+    by: &Caller,
+    name: String,
+    drained: bool,
+) -> Result<Json<api::NodeView>, ApiError> {
+    let node = super::node(&*state(&served.agent)?, &name)?.id;
+    execute(&served.agent, by, Command::DrainNode { node, drained }).await?;
+    show(State(served), Path(name)).await
+}
+
 /// Removes a node from the cluster. No VM may be on it, unless it is lost.
 ///
 /// One that coordinates hands the coordination over first: whoever is removed is not
