@@ -42,6 +42,10 @@ struct Args {
     /// For how long to watch nodes on which nothing happens (idle).
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     seconds: u64,
+    /// Measure this part only; may be given more than once (volume). All that need no
+    /// cluster if none is named.
+    #[arg(long, value_name = "PART")]
+    only: Vec<volume::Part>,
     /// Write the rows to this file as well.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -64,7 +68,8 @@ enum Name {
     Crash,
     /// No node may be declared lost because its processors are busy.
     FalseLoss,
-    /// The server of disks beside qemu-storage-daemon; needs no cluster.
+    /// The server of disks beside qemu-storage-daemon; with `--only killed` or `--only cuts`,
+    /// how long a guest stands still in a cluster.
     Volume,
 }
 
@@ -96,7 +101,7 @@ pub fn main(args: Vec<OsString>) -> Result<()> {
         Name::Idle => idle::run(&built()?, Duration::from_secs(args.seconds))?,
         Name::Crash => crash::run(&built()?, runs)?,
         Name::FalseLoss => false_loss::run(&built()?, minutes(10))?,
-        Name::Volume => volume::run(runs)?,
+        Name::Volume => volume::run(&args.only, runs, built)?,
     };
     println!("\n{}", table::table(&rows));
     match &args.json {

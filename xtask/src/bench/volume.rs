@@ -4,7 +4,11 @@
 //!
 //! Who comes first changes from run to run, so that a machine that becomes slower
 //! is unfair to nobody. Figures are requests a second, or MiB a second.
+//!
+//! Parts that need a cluster in the lab are asked for by name: how long a guest stands
+//! still when its volume server is killed, and when its node's path fails.
 
+mod killed;
 mod target;
 
 use std::fs;
@@ -13,11 +17,12 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 
 use self::target::{Kind, Target};
 use super::table::Row;
-use crate::root;
 use crate::step::{Step, minutes};
+use crate::{cuts, root};
 
 /// Size of the disks.
 const DISK_BYTES: u64 = 1 << 30;
@@ -63,24 +68,59 @@ const FIRST_WRITE: f64 = 0.8;
 const SLABS: u64 = 100_000;
 const READ_MS: f64 = 5000.0;
 
-/// Measures every load `runs` times on everything.
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// Every load, on a file and on a LUN.
+    Io,
+    /// The first write to a disk.
+    First,
+    /// Reading what stands on a LUN of 100,000 slabs.
+    Description,
+    /// The volume server is killed under a guest.
+    Killed,
+    /// A node's path is cut under a guest: as often as there are runs.
+    Cuts,
+}
+
+/// What is measured when nothing is named: all that needs no cluster.
+const ALONE: [Part; 3] = [Part::Io, Part::First, Part::Description];
+
+/// Measures `parts`, all that need no cluster if none is named, `runs` times each.
+/// `binary` says where the program is, for those that need one.
 ///
 /// # Errors
 /// When something cannot be built or started, or a request fails.
-pub fn run(runs: usize) -> Result<Vec<Row>> {
-    let server = build()?;
+pub fn run(parts: &[Part], runs: usize, binary: impl Fn() -> Result<PathBuf>) -> Result<Vec<Row>> {
+    let parts = if parts.is_empty() { &ALONE } else { parts };
     let dir = tempfile::tempdir_in(root().join("target")).context("a directory for the disks")?;
-    let disk = dir.path().join("disk");
+    let alone = parts.iter().any(|part| ALONE.contains(part));
+    let server = if alone { build()? } else { PathBuf::new() };
+    let mut rows = Vec::new();
+    for part in parts {
+        rows.extend(match part {
+            Part::Io => io(&server, dir.path(), runs)?,
+            Part::First => vec![first(&server, dir.path(), runs)?],
+            Part::Description => vec![description(&server, &dir.path().join("described"), runs)?],
+            Part::Killed => killed::run(&binary()?, runs)?,
+            Part::Cuts => cuts::measure(&binary()?, u32::try_from(runs)?, 1)?,
+        });
+    }
+    Ok(rows)
+}
+
+fn io(server: &Path, dir: &Path, runs: usize) -> Result<Vec<Row>> {
+    let disk = dir.join("disk");
     // Written to once: what a file system does at a first write is another story.
     let block: Vec<u8> = (0..MIB as u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let file = fs::File::create(&disk).context("the disk")?;
     (0..DISK_BYTES / MIB).try_for_each(|_| std::io::Write::write_all(&mut &file, &block)).context("the disk")?;
     file.sync_all().context("the disk")?;
 
-    let ours = Target::start(Kind::File, &server, &disk)?;
-    let peer = Target::start(Kind::Peer, &server, &disk)?;
-    let raw = Target::start(Kind::Raw, &server, &disk)?;
-    let lun = Target::start(Kind::Lun, &server, &dir.path().join("lun"))?;
+    let ours = Target::start(Kind::File, server, &disk)?;
+    let peer = Target::start(Kind::Peer, server, &disk)?;
+    let raw = Target::start(Kind::Raw, server, &disk)?;
+    let lun = Target::start(Kind::Lun, server, &dir.join("lun"))?;
     lun.ask(&sequential("", true))?;
     let targets = [&ours, &peer, &raw, &lun];
 
@@ -101,22 +141,24 @@ pub fn run(runs: usize) -> Result<Vec<Row>> {
         eprintln!("{}: done", load.name);
     }
 
+    Ok(rows)
+}
+
+fn first(server: &Path, dir: &Path, runs: usize) -> Result<Row> {
     let (mut first, mut of_file) = (Vec::new(), Vec::new());
     for run in 0..runs {
         for turn in 0..2 {
             let (kind, samples) =
                 if (run + turn) % 2 == 0 { (Kind::Lun, &mut first) } else { (Kind::File, &mut of_file) };
-            let fresh = dir.path().join("fresh");
-            let target = Target::start(kind, &server, &fresh)?;
+            let fresh = dir.join("fresh");
+            let target = Target::start(kind, server, &fresh)?;
             samples.push(target.ask(&sequential("", true))?);
             drop(target);
             fs::remove_file(&fresh).context("removing a disk")?;
         }
     }
     let name = "1 MiB sequential first writes, depth 8: a LUN beside a new file, MiB/s";
-    rows.push(Row::of(name, &first).beside(&of_file).at_least(FIRST_WRITE));
-    rows.push(description(&server, &dir.path().join("described"), runs)?);
-    Ok(rows)
+    Ok(Row::of(name, &first).beside(&of_file).at_least(FIRST_WRITE))
 }
 
 /// Reads what stands on a LUN whose files are in as many pieces as can be.
