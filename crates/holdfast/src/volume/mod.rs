@@ -43,7 +43,7 @@ use crate::realtime::{LeasePage, boot_time};
 use journal::Journals;
 pub use journal::agreed;
 use protocol::{Call, Description, Disk, DiskId, LONGEST_LINE, Links, Routes, ToAgent, ToServer};
-use routes::{Through, Ways};
+use routes::{Away, Through, Ways};
 use slabs::{News, Slabs};
 use sockets::Sockets;
 
@@ -151,12 +151,14 @@ struct Withdrawal {
     over: Sender<()>,
 }
 
-/// A LUN, once it is open. Locked while it is being opened, which may take for ever.
+/// A LUN, once it is open. Locked while this host's own way to it is opened, which may take
+/// for ever where the kernel does.
 type MaybeOpen = Mutex<Option<Opened>>;
 
 struct Opened {
     lun: Lun,
-    geometry: Geometry,
+    /// Once it was read.
+    geometry: Option<Geometry>,
     /// What slabs are zeroed under.
     wipes: Arc<Right>,
     through: Through,
@@ -375,16 +377,45 @@ impl Disks {
     /// Opens a LUN, unless it is open.
     fn open(&self, volume: Uuid, device: &Path) -> anyhow::Result<(Lun, Geometry)> {
         let place = self.book().luns.entry(volume).or_default().clone();
-        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Opened { lun, geometry, .. }) = &*place {
-            return Ok((lun.clone(), *geometry));
+        let lock = || place.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut opened = lock();
+        let (lun, shown) = match &*opened {
+            Some(Opened { lun, geometry: Some(geometry), .. }) => return Ok((lun.clone(), *geometry)),
+            Some(Opened { lun, .. }) => (lun.clone(), None),
+            None => {
+                let (lun, shown, through) = self.ways.open(volume, device, HOLD_WITHIN)?;
+                let wipes = Arc::new(self.right(true));
+                *opened = Some(Opened { lun: lun.clone(), geometry: None, wipes, through });
+                (lun, shown)
+            }
+        };
+        // What comes through an owner may need the next one, of whom is heard meanwhile.
+        let looked = match shown {
+            Some(geometry) => Ok(geometry),
+            None => {
+                drop(opened);
+                let looked = Ways::look(volume, &lun);
+                opened = lock();
+                looked
+            }
+        };
+        let place = opened.as_mut().context("the LUN was closed meanwhile")?;
+        if let Some(geometry) = place.geometry {
+            return Ok((place.lun.clone(), geometry));
         }
-        let (lun, geometry, through) = self.ways.open(volume, device, HOLD_WITHIN)?;
-        let wipes = Arc::new(self.right(true));
-        let (ours, lease) = (lun.clone(), wipes.clone());
-        let _ = self.line.send(News::Opened { volume, lun: ours, geometry, lease });
-        *place = Some(Opened { lun: lun.clone(), geometry, wipes, through });
-        Ok((lun, geometry))
+        match looked {
+            Ok(geometry) => {
+                place.geometry = Some(geometry);
+                let (lun, lease) = (place.lun.clone(), place.wipes.clone());
+                let _ = self.line.send(News::Opened { volume, lun: lun.clone(), geometry, lease });
+                Ok((lun, geometry))
+            }
+            Err(why) => {
+                *opened = None;
+                self.ways.tell_closed(volume);
+                Err(why)
+            }
+        }
     }
 
     /// Does what the agent said last about the ways to a LUN.
@@ -408,10 +439,13 @@ impl Disks {
             }
             (None, leaves) => {
                 let hosted = self.ways.host_no_more(volume);
-                // An earlier life may have: once the LUN is held here, nothing of that is
-                // under way.
+                // An earlier life may have: once the LUN is held here, be it that it cannot
+                // be read, nothing of that is under way.
                 if !hosted && leaves.is_some() {
-                    self.open(volume, &routes.device)?;
+                    match self.open(volume, &routes.device) {
+                        Err(why) if !why.is::<Away>() => return Err(why),
+                        _ => {}
+                    }
                 }
             }
         }

@@ -1,19 +1,19 @@
 //! The ways to the LUNs that are open here, as the agent says them: which node is to be
 //! gone through, and for which volumes others may go through this one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use holdfast_core::{LunPath, NodeId};
 use holdfast_volume::link::{Guests, Hello, Lease, Link, Refused, Welcome, Welcomed, answer};
-use holdfast_volume::lun::{Geometry, Superblock};
+use holdfast_volume::lun::{Geometry, StoreError, Superblock};
 use holdfast_volume::{Carried, Hosted, Lun, Pipe, Reach, SETTLES_WITHIN, Server};
 use rustls::ClientConfig;
 use uuid::Uuid;
@@ -25,6 +25,8 @@ use crate::realtime::{LeasePage, boot_time};
 
 /// How long the owner may take to say what a LUN is like that cannot be opened here.
 const LOOK_WITHIN: Duration = Duration::from_secs(3);
+/// How long this host's own way may take to show what is on it.
+const READ_WITHIN: Duration = Duration::from_secs(2);
 /// How long what this host had under way may take when a LUN is opened anew.
 const OPEN_WITHIN: Duration = Duration::from_secs(2);
 /// How long what came over a node's earlier links may take before a new one is refused.
@@ -87,7 +89,11 @@ pub struct Ways {
     known: Arc<Mutex<BTreeMap<Uuid, Routes>>>,
     hosts: Mutex<BTreeMap<Uuid, Host>>,
     agent: Arc<Mutex<Option<Sender<ToAgent>>>>,
+    looks: Looks,
 }
+
+/// Devices, held by this process, of which a first look has not ended yet.
+type Looks = Arc<Mutex<BTreeSet<PathBuf>>>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -103,6 +109,7 @@ impl Ways {
             known: Arc::default(),
             hosts: Mutex::default(),
             agent: Arc::default(),
+            looks: Looks::default(),
         }
     }
 
@@ -144,20 +151,31 @@ impl Ways {
         lock(&self.known).get(&volume).is_some_and(|routes| routes.mine.is_some())
     }
 
-    /// Opens a LUN by whichever way there is.
-    pub fn open(&self, volume: Uuid, device: &Path, patience: Duration) -> anyhow::Result<(Lun, Geometry, Through)> {
-        let direct = open_here(volume, device, patience);
+    /// Opens a LUN by whichever way there is. Only this host's own shows its geometry at
+    /// once: see [`Ways::look`].
+    ///
+    /// # Errors
+    /// There is no way. [`Away`]: nor is anything under way on this host's own.
+    pub fn open(
+        &self,
+        volume: Uuid,
+        device: &Path,
+        patience: Duration,
+    ) -> anyhow::Result<(Lun, Option<Geometry>, Through)> {
+        let mut direct = open_here(&self.looks, volume, device, patience);
         // No way at all is used before that is over: it may land after whatever comes then.
-        let direct = match direct {
+        match direct {
             Err(why) if why.is::<UnderWay>() => return Err(why),
-            other => other,
-        };
+            // Earlier connections of this host are broken, and their time runs out.
+            Err(why) if Lun::is_address(device) => {
+                std::thread::sleep(SETTLES_WITHIN);
+                direct = Err(if why.is::<Another>() { why } else { Away(format!("{why:#}")).into() });
+            }
+            _ => {}
+        }
         let owner = self.known(volume).and_then(|routes| routes.owner);
         let mut welcomed = None;
         if let (Err(why), Some(owner)) = (&direct, &owner) {
-            if Lun::is_address(device) {
-                std::thread::sleep(SETTLES_WITHIN);
-            }
             let (mut link, _) = self.link(volume, owner)?;
             let asked = link.look(LOOK_WITHIN).with_context(|| format!("{why:#}; through node {}", owner.node))?;
             welcomed = Some(asked);
@@ -167,10 +185,10 @@ impl Ways {
             Err(error) if welcomed.is_some() => (Err(format!("{error:#}")), None),
             Err(error) => return Err(error),
         };
-        let (known, at) = (self.known.clone(), device.to_owned());
+        let (known, looks, at) = (self.known.clone(), self.looks.clone(), device.to_owned());
         let opens = move || {
             let at = lock(&known).get(&volume).map_or_else(|| at.clone(), |routes| routes.device.clone());
-            open_here(volume, &at, OPEN_WITHIN)
+            open_here(&looks, volume, &at, OPEN_WITHIN)
                 .map(|(lun, _)| lun)
                 .map_err(|error| io::Error::other(format!("{error:#}")))
         };
@@ -182,21 +200,17 @@ impl Ways {
         if self.is_marked(volume, through.epoch) {
             lun.hold_direct();
         }
-        let geometry = match geometry {
-            Some(geometry) => geometry,
-            None => {
-                let Superblock { identity, geometry, .. } = Superblock::read(&lun)?;
-                if identity.volume != volume {
-                    bail!(
-                        "node {} has another volume there, {:?}",
-                        owner.map_or(NodeId(0), |owner| owner.node),
-                        identity.name
-                    );
-                }
-                geometry
-            }
-        };
         Ok((lun, geometry, through))
+    }
+
+    /// Reads the geometry of an open LUN by whichever way works, however long none does:
+    /// what is said of the ways has to be heard meanwhile.
+    pub fn look(volume: Uuid, lun: &Lun) -> anyhow::Result<Geometry> {
+        let Superblock { identity, geometry, .. } = Superblock::read(lun)?;
+        if identity.volume != volume {
+            bail!("the volume's owner has another volume there, {:?}", identity.name);
+        }
+        Ok(geometry)
     }
 
     /// Has an open LUN go through whom the agent said last.
@@ -346,16 +360,53 @@ fn path(known: &Mutex<BTreeMap<Uuid, Routes>>, volume: Uuid, reach: &Reach) -> L
 #[error("I/O of an earlier volume server is still under way on {}", .0.display())]
 struct UnderWay(PathBuf);
 
+/// This host's own way does not work, and nothing of an earlier life of this server is
+/// under way on it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Away(String);
+
+/// The device is not the volume's.
+#[derive(Debug, thiserror::Error)]
+#[error("{} holds another volume, {:?}", .0.display(), .1)]
+struct Another(PathBuf, String);
+
 /// Opens a LUN by this host's own way, and makes sure which it is.
-fn open_here(volume: Uuid, device: &Path, patience: Duration) -> anyhow::Result<(Lun, Geometry)> {
+fn open_here(looks: &Looks, volume: Uuid, device: &Path, patience: Duration) -> anyhow::Result<(Lun, Geometry)> {
+    if lock(looks).contains(device) {
+        bail!(Away(format!("{} has not answered yet", device.display())));
+    }
     let lun = Lun::open(device)?;
     // What an earlier life of this server had on its way may still land.
     if !lun.outlive_others(patience)? {
         bail!(UnderWay(device.to_owned()));
     }
-    let Superblock { identity, geometry, .. } = Superblock::read(&lun)?;
+    let Superblock { identity, geometry, .. } = look_within(looks, &lun, READ_WITHIN)?;
     if identity.volume != volume {
-        bail!("{} holds another volume, {:?}", device.display(), identity.name);
+        bail!(Another(device.to_owned(), identity.name));
     }
     Ok((lun, geometry))
+}
+
+/// Reads what is on a device that is held. One that hangs is left to a thread of its own,
+/// which keeps it held until the kernel ends the read.
+fn look_within(looks: &Looks, lun: &Lun, within: Duration) -> anyhow::Result<Superblock> {
+    let (says, said) = channel();
+    let (theirs, reads, device) = (looks.clone(), lun.clone(), lun.path().to_owned());
+    lock(looks).insert(device.clone());
+    let body = move || {
+        let read = Superblock::read(&reads);
+        drop(reads);
+        lock(&theirs).remove(&device);
+        let _ = says.send(read);
+    };
+    if let Err(error) = std::thread::Builder::new().name("look".into()).stack_size(128 << 10).spawn(body) {
+        lock(looks).remove(lun.path());
+        return Err(error.into());
+    }
+    let read = said.recv_timeout(within).map_err(|_| Away(format!("{} does not answer", lun.path().display())))?;
+    read.map_err(|error| match error {
+        StoreError::Io { .. } => Away(format!("{}: {error}", lun.path().display())).into(),
+        error => error.into(),
+    })
 }

@@ -1,5 +1,6 @@
 //! Two volume servers and the link between them, with the certificates of two nodes.
 
+use std::io::{Read, Write};
 use std::process::Command;
 use std::sync::mpsc::Receiver;
 
@@ -50,21 +51,21 @@ impl Node {
     }
 
     fn route(&self, disk: &Disk, owner: &Node, leaves: bool) -> anyhow::Result<()> {
+        self.route_under(EPOCH, disk, owner, leaves)
+    }
+
+    fn route_under(&self, epoch: u64, disk: &Disk, owner: &Node, leaves: bool) -> anyhow::Result<()> {
         let is_owner = owner.node == self.node;
-        let peer = Peer {
-            node: owner.node,
-            term: NodeTerm(0),
-            epoch: EPOCH,
-            addresses: vec![([127, 0, 0, 1], owner.port).into()],
-        };
+        let peer =
+            Peer { node: owner.node, term: NodeTerm(0), epoch, addresses: vec![([127, 0, 0, 1], owner.port).into()] };
         self.world.call(Call::Routes(Routes {
             volume: disk.volume.clone(),
             volume_id: disk.volume_id,
             device: disk.device.clone(),
             owner: (!is_owner).then_some(peer),
             term: NodeTerm(0),
-            mine: (is_owner && !leaves).then_some(EPOCH),
-            leaves: (is_owner && leaves).then_some(EPOCH),
+            mine: (is_owner && !leaves).then_some(epoch),
+            leaves: (is_owner && leaves).then_some(epoch),
             planned: false,
         }))
     }
@@ -162,4 +163,82 @@ fn a_life_that_does_not_know_what_was_sent_asks_before_it_writes() {
     node.wait_path(|path| *path == LunPath::Direct);
     io(&disk, &["write -P 0x11 0 4k", "flush"]);
     node.world.call(Call::Withdraw(disk)).unwrap();
+}
+
+#[test]
+fn the_next_owner_is_heard_of_while_a_lun_is_opened_through_one_that_does_nothing() {
+    let authority = Authority::new();
+    let [owner, next, node] = [OWNER, NodeId(3), NodeId(2)].map(|id| Node::new(id, &authority));
+    let on_owner = owner.world.disk(1);
+    let disk = without_device(&node, &on_owner);
+    owner.route(&on_owner, &owner, false).unwrap();
+    next.route_under(EPOCH + 1, &on_owner, &next, false).unwrap();
+    // It lets others in and does nothing for them.
+    owner.world.disks.lease.ends.store(0, Ordering::SeqCst);
+    node.route(&disk, &owner, false).unwrap();
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| node.world.call(Call::Serve(disk.clone())));
+        node.wait_path(|_| true);
+        node.route_under(EPOCH + 1, &disk, &next, false).unwrap();
+        served.join().unwrap().unwrap();
+    });
+    io(&disk, &["write -P 0x5a 0 4k", "flush", "read -P 0x5a 0 4k"]);
+}
+
+/// How each request to an export begins.
+const REQUEST: [u8; 4] = [0x25, 0x60, 0x95, 0x13];
+
+/// Goes between a client and an export, at another socket: lets them agree on everything,
+/// and keeps the client's requests to itself.
+fn hanging(export: &Path, socket: &Path) {
+    let (listener, export) = (UnixListener::bind(socket).unwrap(), export.to_owned());
+    std::thread::spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            let server = UnixStream::connect(&export).unwrap();
+            let (mut answers, mut hears) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut answers, &mut hears));
+            std::thread::spawn(move || {
+                let (mut client, mut server, mut bytes) = (client, server, [0; 4096]);
+                let mut hangs = false;
+                while let Ok(length @ 1..) = client.read(&mut bytes) {
+                    hangs |= bytes[..length].windows(4).any(|word| word == REQUEST);
+                    if !hangs && server.write_all(&bytes[..length]).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_device_that_hangs_when_it_is_opened_is_gone_round() {
+    let authority = Authority::new();
+    let (owner, node) = (Node::new(OWNER, &authority), Node::new(NodeId(2), &authority));
+    let on_owner = owner.world.disk(1);
+    owner.route(&on_owner, &owner, false).unwrap();
+    let behind = owner.world.disk(2);
+    owner.world.call(Call::Serve(behind.clone())).unwrap();
+    let socket = node.world.dir.path().join("hangs");
+    hanging(&behind.socket, &socket);
+    let device = format!("nbd+unix:///{EXPORT}?socket={}", socket.display()).into();
+    let disk = Disk { device, ..without_device(&node, &on_owner) };
+    node.route(&disk, &owner, false).unwrap();
+    node.world.call(Call::Serve(disk.clone())).unwrap();
+    node.wait_path(|path| matches!(path, LunPath::Redirected { through: OWNER, why } if why.contains("answer")));
+    io(&disk, &["write -P 0x5a 0 4k", "flush", "read -P 0x5a 0 4k"]);
+}
+
+#[test]
+fn a_new_life_of_an_owner_whose_own_path_is_away_says_that_it_has_left() {
+    let owner = Node::new(OWNER, &Authority::new());
+    let on_owner = owner.world.disk(1);
+    let nobody = owner.world.dir.path().join("nobody");
+    let away = Disk { device: format!("nbd+unix:///san?socket={}", nobody.display()).into(), ..on_owner.clone() };
+    owner.route(&away, &owner, true).unwrap();
+    assert!(owner.route(&away, &owner, false).is_err(), "nobody owns what it does not reach");
+    // Another volume's device says nothing of this one's.
+    let wrong = Disk { device: owner.world.disk(2).device, ..on_owner };
+    let refused = format!("{:#}", owner.route(&wrong, &owner, true).unwrap_err());
+    assert!(refused.contains("holds another volume"), "{refused}");
 }
