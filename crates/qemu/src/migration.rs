@@ -61,7 +61,7 @@ pub enum Step {
     /// How far it is.
     Progress(MigrationProgress),
     /// The guest stands still at the source now, most likely because its last part
-    /// is on its way: the moment to announce its hardware addresses at the target.
+    /// is on its way.
     Switchover,
     /// It did not come to an end and is pressed harder: the guest may stand
     /// still for so long now.

@@ -186,13 +186,6 @@ pub enum Error {
         bridge: String,
     },
 
-    /// Nobody has the tap open, so its bridge port is down.
-    #[error("tap {tap} is not open in any process, so no frame can wait in it; start QEMU before the announcement")]
-    TapIdle {
-        /// The tap.
-        tap: String,
-    },
-
     /// A tap could not be made or opened.
     #[error("tap {tap}: {doing}")]
     Tap {
@@ -200,16 +193,6 @@ pub enum Error {
         tap: String,
         /// What failed.
         doing: &'static str,
-        /// The kernel's reason.
-        #[source]
-        source: io::Error,
-    },
-
-    /// The announcement could not leave.
-    #[error("cannot send the announcement out of {uplink}")]
-    Announce {
-        /// The port that the frame should have left by.
-        uplink: String,
         /// The kernel's reason.
         #[source]
         source: io::Error,

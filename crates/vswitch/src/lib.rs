@@ -1,4 +1,4 @@
-//! The network of the guests: bridges, taps, VLANs and announcements.
+//! The network of the guests: bridges, taps and VLANs.
 //!
 //! A virtual switch is a Linux bridge, a NIC of a VM is a tap on it:
 //!
@@ -17,7 +17,6 @@
 //! cut off at any point. Whatever was made here is recognised again by its name and its interface
 //! alias, never by memory, so a restarted agent goes on where the last one ended.
 
-mod announce;
 mod error;
 mod interfaces;
 mod link;
@@ -27,13 +26,11 @@ mod sys;
 mod tap;
 mod vlan;
 
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use rtnetlink::Handle;
 use tokio::sync::Mutex;
 
-pub use announce::Announcement;
 pub use error::{Error, Result};
 pub use interfaces::{Interface, InterfaceKind};
 pub use name::{SWITCH_PREFIX, TAP_PREFIX, bridge_name, tap_name};
@@ -45,13 +42,9 @@ pub use tap::{Tap, TapState, attach_tap};
 pub struct Vswitch {
     handle: Handle,
     /// Changes read what is there first; two at once would act on what the other is changing.
-    /// Announcements do not take it: nothing may hold them up.
     changing: Arc<Mutex<()>>,
     /// A netlink socket can list one thing at a time: the kernel refuses a second list with EBUSY.
     listing: Arc<Mutex<()>>,
-    /// For announcements; opened once because closing a packet socket waits for an RCU grace
-    /// period, which was measured to take 8 ms.
-    frames: Arc<OnceLock<OwnedFd>>,
 }
 
 impl Vswitch {
@@ -66,6 +59,6 @@ impl Vswitch {
     pub fn open() -> Result<Vswitch> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Open)?;
         tokio::spawn(connection);
-        Ok(Vswitch { handle, changing: Arc::default(), listing: Arc::default(), frames: Arc::default() })
+        Ok(Vswitch { handle, changing: Arc::default(), listing: Arc::default() })
     }
 }

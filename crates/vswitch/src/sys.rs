@@ -1,4 +1,4 @@
-//! System calls that no crate wraps: taps, Ethernet speeds and raw frames. The only file here with
+//! System calls that no crate wraps: taps and Ethernet speeds. The only file here with
 //! `unsafe`.
 
 use std::ffi::c_int;
@@ -72,11 +72,6 @@ pub fn query_socket() -> io::Result<OwnedFd> {
     socket(libc::AF_INET, libc::SOCK_DGRAM)
 }
 
-/// A socket for whole Ethernet frames, in this thread's namespace. It receives nothing.
-pub fn frame_socket() -> io::Result<OwnedFd> {
-    socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_NONBLOCK)
-}
-
 fn socket(family: c_int, kind: c_int) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are passed.
     let fd = check(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, 0) })?;
@@ -95,30 +90,4 @@ pub fn link_speed(socket: &OwnedFd, name: &str) -> Option<u32> {
     let speed = u32::from(command.speed_hi) << 16 | u32::from(command.speed);
     // SPEED_UNKNOWN is -1, in old drivers cut to 16 bits.
     (speed != 0 && speed != u32::MAX && speed != u32::from(u16::MAX)).then_some(speed)
-}
-
-/// Sends one Ethernet frame out of the interface with the index `port`, past any bridge above it.
-pub fn send_frame(socket: &OwnedFd, port: u32, frame: &[u8]) -> io::Result<()> {
-    // SAFETY: sockaddr_ll is plain old data, for which all zeroes is a value.
-    let mut to: libc::sockaddr_ll = unsafe { mem::zeroed() };
-    to.sll_family = libc::AF_PACKET as u16;
-    to.sll_ifindex = port as c_int;
-    if let Some(&[high, low]) = frame.get(12..14) {
-        to.sll_protocol = u16::from_ne_bytes([high, low]);
-    }
-    // SAFETY: both pointers go to live memory of the lengths given; the socket is open.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-            (&raw const to).cast(),
-            mem::size_of::<libc::sockaddr_ll>() as libc::socklen_t,
-        )
-    };
-    if sent < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use holdfast_core::*;
 use holdfast_qemu::{Arrival, QemuError, Role, Word, word};
-use holdfast_vswitch::{Announcement, tap_name};
+use holdfast_vswitch::tap_name;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
@@ -16,6 +16,10 @@ use super::{Agent, Member};
 
 /// How long a target may take from having everything to being able to continue.
 const LAST_STEP: Duration = Duration::from_millis(500);
+/// For so long a node reports nothing while a guest is continued: agreeing on where it
+/// is takes processors and disks of several nodes, and a guest that stood still has
+/// more to do with them.
+const REST: Duration = Duration::from_millis(100);
 
 /// The QEMUs that wait here for a guest, for the calls of their sources.
 #[derive(Default)]
@@ -29,8 +33,6 @@ pub struct Waiting {
     pub epoch: Epoch,
     /// What was seen of it since it waits.
     pub arrival: Arrival,
-    /// One for each NIC.
-    pub announcements: Vec<Announcement>,
 }
 
 impl Guests {
@@ -47,20 +49,6 @@ impl Guests {
     pub fn waiting(&self, vm: VmId, epoch: Epoch) -> Option<Arc<Waiting>> {
         let all = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         all.get(&vm).filter(|waiting| waiting.epoch == epoch).cloned()
-    }
-
-    /// The guest stands still at its source: from now on frames for it wait here.
-    pub async fn announce(&self, vm: VmId, call: HandoverCall) -> HandedOver {
-        let Some(waiting) = self.waiting(vm, call.epoch) else {
-            return HandedOver::Again("no such guest is expected".into());
-        };
-        for announcement in &waiting.announcements {
-            // The guest's own announcement follows when it continues.
-            if let Err(error) = announcement.send().await {
-                tracing::warn!(%vm, %error, "a guest's hardware address was not announced before it arrived");
-            }
-        }
-        HandedOver::Done
     }
 }
 
@@ -81,6 +69,8 @@ impl Agent {
         if let Err(error) = self.admit_writes(member, vm, call.epoch, &call.parts).await {
             return HandedOver::Again(format!("{error:#}"));
         }
+        // What has to be agreed on when it runs can wait until it has answered its users.
+        member.reports.rest(REST);
         // The source's word can be faster than QEMU's last step here.
         let until = Instant::now() + LAST_STEP;
         let done = loop {

@@ -109,6 +109,17 @@ impl Peers {
         self.call(node, Lane::Work, None, path, body, deadline).await
     }
 
+    /// Connects to `node`, if that is not done yet, so that a call which has to be fast
+    /// finds a connection.
+    ///
+    /// # Errors
+    /// [`CallError`]: it cannot be reached.
+    pub async fn reach(&self, node: NodeId, deadline: Duration) -> Result<(), CallError> {
+        let slot = Arc::clone(self.slots().entry((node, Lane::Work)).or_default());
+        timeout(deadline, self.connection(node, None, &slot)).await.map_err(|_| CallError::Deadline)??;
+        Ok(())
+    }
+
     /// As [`Peers::post`], with JSON both ways.
     ///
     /// # Errors

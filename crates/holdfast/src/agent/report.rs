@@ -8,7 +8,7 @@ use holdfast_core::lease::BootTime;
 use holdfast_core::*;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{Agent, Member, rpc};
 use crate::realtime::boot_time;
@@ -41,6 +41,7 @@ pub struct Reports {
     life: BootTime,
     own: Mutex<NodeReport>,
     changed: Notify,
+    rests_until: Mutex<Option<Instant>>,
     heard: Mutex<BTreeMap<NodeId, Numbered>>,
     news: Notify,
 }
@@ -52,6 +53,7 @@ impl Reports {
             life: boot_time(),
             own: Mutex::default(),
             changed: Notify::new(),
+            rests_until: Mutex::default(),
             heard: Mutex::default(),
             news: Notify::new(),
         }
@@ -81,6 +83,23 @@ impl Reports {
         let mut own = locked(&self.own);
         if let Some(known) = own.vms.get_mut(&vm).filter(|known| known.epoch == epoch) {
             known.moved = moved.or(known.moved);
+        }
+    }
+
+    /// Sends nothing for a moment, unless it rests already: one rest after another would
+    /// keep what is said from the coordinator.
+    pub fn rest(&self, pause: Duration) {
+        let now = Instant::now();
+        let mut until = locked(&self.rests_until);
+        if until.is_none_or(|until| until <= now) {
+            *until = Some(now + pause);
+        }
+    }
+
+    async fn rested(&self) {
+        let until = *locked(&self.rests_until);
+        if let Some(until) = until {
+            sleep_until(until).await;
         }
     }
 
@@ -122,6 +141,7 @@ impl Agent {
         let mut keeper = self.0.keeper.watch();
         let mut sequence = 0;
         loop {
+            member.reports.rested().await;
             let (incarnation, term) = {
                 let view = keeper.borrow_and_update();
                 (view.incarnation, view.term)

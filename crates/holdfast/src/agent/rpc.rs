@@ -66,22 +66,10 @@ pub fn console_path(vm: VmId) -> String {
     format!("/node/vms/{vm}/console")
 }
 
-/// Where the target of a migration is told to announce, or to continue, a guest.
-pub fn handover_path(vm: VmId, step: Handover) -> String {
-    let step = match step {
-        Handover::Announce => "announce",
-        Handover::Continue => "continue",
-    };
-    format!("/node/vms/{vm}/{step}")
-}
-
-/// What a migration's source tells its target directly.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Handover {
-    /// The guest stands still at the source: send its frames here.
-    Announce,
-    /// The guest is sent, and never continues at the source.
-    Continue,
+/// Where the source of a migration tells its target that the guest is sent, and never
+/// continues at the source.
+pub fn continue_path(vm: VmId) -> String {
+    format!("/node/vms/{vm}/continue")
 }
 
 /// The target's QEMU that is meant, and the figures of its coming.
@@ -128,7 +116,6 @@ pub(super) fn routes(agent: Agent, member: &'static Member) -> Router {
         .route(PROBE_LUN, post(probe_lun))
         .route(TRAFFIC, post(traffic))
         .route(FENCE_TEST, post(fence_test))
-        .route("/node/vms/{vm}/announce", post(announce))
         .route("/node/vms/{vm}/continue", post(go_on))
         .route("/node/vms/{vm}/console", any(console))
         .route(GREET, post(greet))
@@ -215,14 +202,6 @@ async fn fence_test(State(context): State<Context>, Json(call): Json<FenceTestCa
 
 async fn probe_witness(State(context): State<Context>, Json(probe): Json<witness::Probe>) -> Json<witness::Probed> {
     Json(context.agent.probe_witness(probe).await)
-}
-
-async fn announce(
-    State(context): State<Context>,
-    Path(vm): Path<uuid::Uuid>,
-    Json(call): Json<HandoverCall>,
-) -> Json<HandedOver> {
-    Json(context.member.guests.announce(VmId(vm), call).await)
 }
 
 async fn go_on(

@@ -1,9 +1,9 @@
 //! Both ends of a live migration on this node (safety rule 3).
 //!
 //! The order in the guest's blackout, with no commit in it: the source's guest
-//! stands still, the target announces its hardware addresses, the source's QEMU
-//! says for good that it has sent everything, the source's agent tells the
-//! target's agent, which continues the guest and reports it.
+//! stands still, the source's QEMU says for good that it has sent everything, the
+//! source's agent tells the target's agent, which continues the guest. All that can
+//! wait does: where the guest is now is reported when it has run for a moment.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -13,11 +13,10 @@ use holdfast_qemu::{
     Arrival, Begun, MigrationProgress, MigrationSettings, Outcome, Qmp, Role, Step, Word, cancel, prepare_incoming,
     progress, start, watch, word,
 };
-use holdfast_vswitch::tap_name;
 use tokio::time::Instant;
 
 use super::super::guests::Waiting;
-use super::super::rpc::{HandedOver, Handover, HandoverCall, handover_path};
+use super::super::rpc::{HandedOver, HandoverCall, continue_path};
 use super::{Guest, Next, SOON, Wish};
 
 const CALL: Duration = Duration::from_secs(2);
@@ -51,7 +50,7 @@ impl Guest {
             Word::InFlight | Word::Arrived => {
                 // An agent that was started meanwhile takes the source's calls, too.
                 if self.member.guests.waiting(self.vm, epoch).is_none() {
-                    self.expect(&qmp, epoch).await?;
+                    self.expect(&qmp, epoch);
                 }
                 Ok(Next::Wait)
             }
@@ -75,26 +74,14 @@ impl Guest {
             anyhow::anyhow!("no network that may carry migrations joins this node and {}", state.node_name(from))
         })?;
         let listens = prepare_incoming(qmp, address, &MigrationSettings::default()).await?;
-        self.expect(qmp, epoch).await?;
+        self.expect(qmp, epoch);
         Ok(listens.to_string())
     }
 
     /// From now on the source's calls find the QEMU that waits for the guest.
-    async fn expect(&self, qmp: &Qmp, epoch: Epoch) -> anyhow::Result<()> {
+    fn expect(&self, qmp: &Qmp, epoch: Epoch) {
         let arrival = Arrival::expect(qmp);
-        let state = self.agent.state();
-        let mut announcements = Vec::new();
-        let nics = state.vms.get(&self.vm).map(|vm| vm.spec.nics.clone()).unwrap_or_default();
-        for (index, nic) in nics.iter().enumerate() {
-            let bridge = self.ensure_switch(&nic.switch).await?;
-            let tap = tap_name(&self.vm.to_string(), index as u8);
-            match self.agent.0.vswitch.prepare_announcement(&bridge, &tap, nic.mac.0).await {
-                Ok(announcement) => announcements.push(announcement),
-                Err(error) => tracing::warn!(vm = %self.vm, %error, "its hardware address cannot be announced early"),
-            }
-        }
-        self.member.guests.set_waiting(self.vm, Some(Waiting { epoch, arrival, announcements }));
-        Ok(())
+        self.member.guests.set_waiting(self.vm, Some(Waiting { epoch, arrival }));
     }
 
     /// The source: sends the guest, and when it is sent has it continued there.
@@ -124,6 +111,7 @@ impl Guest {
                 let settings = MigrationSettings::default();
                 let target = address.parse()?;
                 self.begun = Some(to.epoch);
+                self.get_in_touch(to.node);
                 match start(&qmp, target, &settings).await {
                     Ok(begun) => began = begun,
                     Err(error) => {
@@ -138,6 +126,16 @@ impl Guest {
         self.follow(&qmp, tenure, to, began).await
     }
 
+    /// Connects to the target: while the guest stands still there is no time for that.
+    fn get_in_touch(&self, target: NodeId) {
+        let member = self.member;
+        tokio::spawn(async move {
+            if let Err(error) = member.peers.reach(target, CALL).await {
+                tracing::warn!(node = %target, %error, "the target of a migration");
+            }
+        });
+    }
+
     /// Follows a migration to its end, and gives it up when that is wished.
     async fn follow(&mut self, qmp: &Qmp, tenure: Tenure, to: Tenure, began: Option<Begun>) -> anyhow::Result<Next> {
         let settings = MigrationSettings::default();
@@ -146,14 +144,6 @@ impl Guest {
         let on = |step: Step| match step {
             Step::Progress(progress) if !progress.status.is_over() && Instant::now() >= tell_from => {
                 member.reports.say_vm(vm, epoch, Run::Sending { progress: told(&progress) });
-            }
-            Step::Switchover => {
-                // Nobody waits for the answer: it only saves frames.
-                let call = HandoverCall { epoch: to.epoch, moved: None, parts: Default::default() };
-                tokio::spawn(async move {
-                    let path = handover_path(vm, Handover::Announce);
-                    let _ = member.peers.ask::<_, HandedOver>(to.node, &path, &call, CALL).await;
-                });
             }
             _ => {}
         };
@@ -208,10 +198,9 @@ impl Guest {
     /// The guest is sent and stands still: its target has to continue it, and
     /// nothing else is worth doing before that.
     async fn hand_over(&self, tenure: Tenure, to: Tenure, moved: Option<Moved>) -> anyhow::Result<Next> {
-        self.say(tenure.epoch, Run::Sent);
         let parts = self.agent.mapped_here(self.member, self.vm, tenure.epoch);
         let call = HandoverCall { epoch: to.epoch, moved, parts };
-        let path = handover_path(self.vm, Handover::Continue);
+        let path = continue_path(self.vm);
         let began = Instant::now();
         let mut changes = self.agent.changes();
         let waits = || matches!(self.wish(), Wish::Send { target_void: false, .. });
@@ -244,6 +233,8 @@ impl Guest {
                     tracing::warn!(vm = %self.vm, %error, waited = ?began.elapsed(), "the target of a sent guest")
                 }
             }
+            // Nobody needs to know of it but when it takes long.
+            self.say(tenure.epoch, Run::Sent);
             match self.wish() {
                 Wish::Send { target_void: false, .. } => tokio::time::sleep(CALL_AGAIN).await,
                 // The target is lost with the guest: nothing of it may stay here.
