@@ -23,4 +23,4 @@ pub mod witness;
 pub use model::*;
 pub use observed::{Attending, NodeObserved, NodeReport, Observed, Run, VmReport, WitnessReport, WorkReport};
 pub use plan::{Action, Decision, Ended, Evidence, Plan};
-pub use state::{ClusterState, Command, NewNode, Proposal, Refusal, Reply};
+pub use state::{ClusterState, Command, Holding, Naming, NewNode, Proposal, Refusal, Reply};

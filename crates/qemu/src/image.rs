@@ -5,7 +5,7 @@
 //! another file. Dropping one of these futures ends `qemu-img` and deletes what
 //! it has made so far.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -20,8 +20,8 @@ use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use crate::QemuError;
 use crate::program::{not_started, output};
+use crate::{NBD_EXPORT, QemuError};
 
 /// The Debian package that brings `qemu-img`.
 const PACKAGE: &str = "qemu-utils";
@@ -34,6 +34,54 @@ const FORMATS: [&str; 6] = ["raw", "qcow2", "vhdx", "vpc", "vmdk", "vdi"];
 #[derive(Clone, Debug)]
 pub struct QemuImg {
     program: PathBuf,
+}
+
+/// Where an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageAt<'a> {
+    /// In a file, or on a device.
+    File(&'a Path),
+    /// Behind the socket of a volume server.
+    Socket(&'a Path),
+}
+
+impl<'a> From<&'a Path> for ImageAt<'a> {
+    fn from(path: &'a Path) -> Self {
+        ImageAt::File(path)
+    }
+}
+
+impl<'a> From<&'a PathBuf> for ImageAt<'a> {
+    fn from(path: &'a PathBuf) -> Self {
+        ImageAt::File(path)
+    }
+}
+
+impl ImageAt<'_> {
+    fn path(&self) -> &Path {
+        match self {
+            ImageAt::File(path) | ImageAt::Socket(path) => path,
+        }
+    }
+
+    fn argument(&self) -> OsString {
+        match self {
+            ImageAt::File(path) => path.as_os_str().to_owned(),
+            ImageAt::Socket(path) => nbd_address(path).into(),
+        }
+    }
+}
+
+/// The address of what a volume server serves on a socket.
+pub fn nbd_address(socket: &Path) -> String {
+    let mut address = format!("nbd+unix:///{NBD_EXPORT}?socket=");
+    for byte in socket.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' => address.push(char::from(*byte)),
+            other => address.push_str(&format!("%{other:02X}")),
+        }
+    }
+    address
 }
 
 /// What an image file says of itself.
@@ -100,35 +148,56 @@ impl QemuImg {
     /// As for [`QemuImg::create`] and [`QemuImg::inspect`].
     pub async fn convert(
         &self,
-        source: &Path,
+        source: impl Into<ImageAt<'_>>,
         path: &Path,
         format: DiskFormat,
         size_bytes: Option<u64>,
         deadline: Duration,
         on: impl FnMut(f64) + Send,
     ) -> Result<(), QemuError> {
+        let source = source.into();
         let image = self.inspect(source, deadline).await?;
         self.check(source, &image.format, deadline).await?;
         let partial = Partial::beside(path)?;
-        timeout(deadline, self.copy(source, &image.format, partial.path(), format, on)).await.map_err(|_| {
-            QemuError::TooSlow { doing: format!("copying {} to {}", source.display(), path.display()), after: deadline }
-        })??;
+        let to = ["-O".as_ref(), format.as_str().as_ref(), partial.path().as_os_str()];
+        self.copy(source, &image.format, to, &[], deadline, on).await?;
         if let Some(size_bytes) = size_bytes.filter(|size| *size > image.virtual_bytes) {
             self.resize(partial.path(), format, size_bytes, deadline).await?;
         }
         partial.keep().await
     }
 
+    /// Copies the image `source`, of whatever format, to the disk that a volume server
+    /// serves on `socket`: one that reads as zero, and is as large as the image at least.
+    /// `on` is told the progress, 0 to 1.
+    ///
+    /// # Errors
+    /// As for [`QemuImg::convert`]; some of it may be there then.
+    pub async fn fill(
+        &self,
+        source: ImageAt<'_>,
+        socket: &Path,
+        deadline: Duration,
+        on: impl FnMut(f64) + Send,
+    ) -> Result<(), QemuError> {
+        let image = self.inspect(source, deadline).await?;
+        self.check(source, &image.format, deadline).await?;
+        let address = nbd_address(socket);
+        // Zeroes are left out, and what is written is flushed at the end.
+        let how = ["-n", "--target-is-zero", "-t", "writeback"].map(OsStr::new);
+        self.copy(source, &image.format, ["-O".as_ref(), "raw".as_ref(), address.as_ref()], &how, deadline, on).await
+    }
+
     /// Refuses an image that is damaged by its own account. One that was not copied to
     /// its end is: qemu-img would read zeroes where the rest should be. Formats that
     /// cannot be checked pass.
-    async fn check(&self, source: &Path, format: &str, deadline: Duration) -> Result<(), QemuError> {
+    async fn check(&self, source: ImageAt<'_>, format: &str, deadline: Duration) -> Result<(), QemuError> {
         /// Of qemu-img's manual, "check": the check was completed, the image is corrupted.
         const CORRUPTED: i32 = 2;
-        let doing = format!("copy {}", source.display());
+        let doing = format!("copy {}", source.path().display());
         let checking = Command::new(&self.program)
             .args(["check", "-q", "-f", format])
-            .arg(source)
+            .arg(source.argument())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             // A line for each cluster; which ones they are helps nobody here.
@@ -148,17 +217,32 @@ impl QemuImg {
 
     async fn copy(
         &self,
-        source: &Path,
+        source: ImageAt<'_>,
         source_format: &str,
-        partial: &Path,
-        format: DiskFormat,
+        to: [&OsStr; 3],
+        how: &[&OsStr],
+        deadline: Duration,
+        on: impl FnMut(f64) + Send,
+    ) -> Result<(), QemuError> {
+        let doing = format!("copy {}", source.path().display());
+        let copying = self.copy_for_long(source, source_format, to, how, on);
+        timeout(deadline, copying).await.map_err(|_| QemuError::TooSlow { doing, after: deadline })?
+    }
+
+    async fn copy_for_long(
+        &self,
+        source: ImageAt<'_>,
+        source_format: &str,
+        [option, format, target]: [&OsStr; 3],
+        how: &[&OsStr],
         mut on: impl FnMut(f64) + Send,
     ) -> Result<(), QemuError> {
-        let doing = format!("copy {}", source.display());
+        let doing = format!("copy {}", source.path().display());
         let mut child = Command::new(&self.program)
             .env("LC_ALL", "C.UTF-8")
-            .args(["convert", "-p", "-f", source_format, "-O", format.as_str()])
-            .args([source, partial])
+            .args(["convert", "-p", "-f", source_format])
+            .args(how)
+            .args([option, format, &source.argument(), target])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -201,7 +285,7 @@ impl QemuImg {
         if status.success() {
             return Ok(());
         }
-        Err(refusal(source, &doing, &complaints))
+        Err(refusal(source.path(), &doing, &complaints))
     }
 
     /// What the image at `path` is, without disturbing a VM that uses it.
@@ -210,20 +294,25 @@ impl QemuImg {
     /// [`QemuError::NotSelfContained`] when it refers to another file: its author
     /// could have named any file of this host. [`QemuError::Io`] when it is not
     /// there, [`QemuError::Image`] when it is none.
-    pub async fn inspect(&self, path: &Path, deadline: Duration) -> Result<Image, QemuError> {
+    pub async fn inspect(&self, image: impl Into<ImageAt<'_>>, deadline: Duration) -> Result<Image, QemuError> {
+        let at = image.into();
+        let path = at.path();
         let doing = format!("read {}", path.display());
         absolute(path)?;
-        let metadata = std::fs::metadata(path).map_err(QemuError::io(doing.clone()))?;
-        if !metadata.is_file() && !metadata.file_type().is_block_device() {
-            return Err(QemuError::Image { doing, why: "it is neither a file nor a disk".into() });
+        if let ImageAt::File(path) = at {
+            let metadata = std::fs::metadata(path).map_err(QemuError::io(doing.clone()))?;
+            if !metadata.is_file() && !metadata.file_type().is_block_device() {
+                return Err(QemuError::Image { doing, why: "it is neither a file nor a disk".into() });
+            }
         }
-        let arguments: [&OsStr; 4] = ["info".as_ref(), "-U".as_ref(), "--output=json".as_ref(), path.as_ref()];
+        let argument = at.argument();
+        let arguments: [&OsStr; 4] = ["info".as_ref(), "-U".as_ref(), "--output=json".as_ref(), &argument];
         let said = self.run(&arguments, path, &doing, deadline).await?;
         let image: Described = serde_json::from_slice(&said).map_err(|error| QemuError::Image {
             doing: doing.clone(),
             why: format!("its answer is unreadable ({error})"),
         })?;
-        if let Some(refers_to) = image.refers_to(path) {
+        if let Some(refers_to) = image.refers_to(Path::new(&argument)) {
             return Err(QemuError::NotSelfContained { path: path.to_owned(), refers_to });
         }
         if !FORMATS.contains(&image.format.as_str()) {

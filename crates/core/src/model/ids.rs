@@ -32,6 +32,12 @@ pub struct Epoch(pub u64);
 #[serde(transparent)]
 pub struct VmId(pub Uuid);
 
+/// A node's right to a file on a LUN without a VM. Where disks are named by their VMs, this
+/// stands in a VM's place: the two are drawn alike and never the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct HoldId(pub Uuid);
+
 /// A piece of long work with progress.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -46,6 +52,13 @@ impl NodeTerm {
     /// The term after this one.
     pub fn next(self) -> Self {
         NodeTerm(self.0 + 1)
+    }
+}
+
+impl HoldId {
+    /// What it is called where disks are named by their VMs.
+    pub fn as_vm(self) -> VmId {
+        VmId(self.0)
     }
 }
 
@@ -65,7 +78,7 @@ macro_rules! display_as_number {
         }
     )*};
 }
-display_as_number!(NodeId, NodeTerm, Epoch, VmId, JobId, RequestId);
+display_as_number!(NodeId, NodeTerm, Epoch, VmId, HoldId, JobId, RequestId);
 
 impl fmt::Display for Incarnation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

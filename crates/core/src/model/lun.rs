@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::hold::Holds;
 use super::slabs::{insert_slabs, remove_slab};
 use super::{Access, Freed, Journal, NodeId, NodeTerm, Slabs, VmId};
 
@@ -33,12 +34,12 @@ pub struct Mapped {
     pub count: u32,
 }
 
-/// A disk on a LUN.
+/// A file on a LUN: a VM's disk, or what a user put there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LunFile {
-    /// The VM whose disk it is; none, if it came with an imported LUN and no VM has it.
+    /// The VM whose disk it is, if it is one's.
     pub vm: Option<VmId>,
-    /// What the guest sees, in bytes.
+    /// How long it is, in bytes.
     pub bytes: u64,
     /// Where its parts are, ordered by part and joined where they can be. What is
     /// absent reads as zero.
@@ -139,8 +140,11 @@ pub struct Lun {
     pub slab_bytes: u64,
     /// How many there are.
     pub slabs: u32,
-    /// The disks, by file name.
+    /// The files, by name; one without a name by what no name can be.
     pub files: BTreeMap<String, LunFile>,
+    /// Files that nodes have in their hands without a VM.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub holds: Holds,
     /// What nodes have taken.
     pub taken: BTreeMap<NodeId, Taken>,
     /// How many takings there were.
@@ -175,6 +179,7 @@ impl Lun {
             slab_bytes,
             slabs,
             files: BTreeMap::new(),
+            holds: BTreeMap::new(),
             taken: BTreeMap::new(),
             takings: 0,
             told: Fullness::Low,
@@ -357,20 +362,11 @@ impl Lun {
         self.drop_files(vm);
     }
 
-    /// Frees the files of a VM.
+    /// Drops the files of a VM.
     pub fn drop_files(&mut self, vm: VmId) {
-        let before = self.files.len();
-        let mut gone = Vec::new();
-        self.files.retain(|_, file| {
-            let stays = file.vm != Some(vm);
-            if !stays {
-                gone.extend(file.parts.iter().map(|run| Slabs { first: run.slab, count: run.count }));
-            }
-            stays
-        });
-        if self.files.len() != before {
-            self.changed(gone);
-        }
+        let theirs = |(name, file): (&String, &LunFile)| (file.vm == Some(vm)).then(|| name.clone());
+        let names: Vec<_> = self.files.iter().filter_map(theirs).collect();
+        names.iter().for_each(|name| self.drop_file(name));
     }
 }
 

@@ -57,6 +57,7 @@ impl ClusterState {
         if self.volumes.contains_key(new) {
             return Err(Refusal::duplicate("volume", new));
         }
+        self.has_no_holds(old)?;
         let busy = |vm: &&Vm| {
             let off = vm.placement == Placement::Nowhere && !vm.desired.wants_qemu();
             vm.spec.uses_volume(old) && !(off && vm.disks == DiskStage::Ready)

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::files::{Holding, Naming};
 use crate::model::*;
 use crate::plan::Decision;
 
@@ -302,6 +303,33 @@ pub enum Command {
         files: BTreeMap<String, (u64, Vec<Mapped>)>,
         /// There are no more.
         last: bool,
+    },
+    /// A node takes a file on a LUN into its hands.
+    HoldFile {
+        /// Names the hold.
+        id: HoldId,
+        /// The volume.
+        volume: String,
+        /// The node.
+        node: NodeId,
+        /// Its term: when that is over, so is the hold.
+        term: NodeTerm,
+        /// Which file, to do what.
+        what: Holding,
+    },
+    /// A node has let go of a file: nothing of it is under way.
+    EndHold {
+        /// The hold.
+        id: HoldId,
+        /// The name that it gets, if it was made and is to stay.
+        naming: Option<Naming>,
+    },
+    /// Removes a file from a LUN that no VM has and nobody has open.
+    RemoveFile {
+        /// The volume.
+        volume: String,
+        /// The file.
+        name: String,
     },
     /// Creates a VM whose disks are still to be made.
     CreateVm {

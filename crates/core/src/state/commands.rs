@@ -111,6 +111,7 @@ impl ClusterState {
                         vm.name
                     )));
                 }
+                self.has_no_holds(&name)?;
                 self.volumes.remove(&name);
                 self.luns.remove(&name);
                 self.event(at_ms, Severity::Info, format!("volume {name}"), format!("{by} removed it; its files stay"));
@@ -144,6 +145,9 @@ impl ClusterState {
                 self.import_volume(at_ms, by, &name, id, kind, journal)
             }
             Command::ImportFiles { volume, files, last } => self.import_files(at_ms, &volume, files, last),
+            Command::HoldFile { id, volume, node, term, what } => self.hold_file(id, &volume, node, term, &what),
+            Command::EndHold { id, naming } => self.end_hold(at_ms, by, id, naming.as_ref()),
+            Command::RemoveFile { volume, name } => self.remove_file(at_ms, by, &volume, &name),
             Command::CreateVm { id, name, spec, node, sources } => {
                 self.create_vm(at_ms, by, id, name, spec, node, sources)
             }
@@ -249,6 +253,11 @@ impl ClusterState {
         if let Some((volume, _)) = self.luns.iter().find(|(_, lun)| owns(lun)) {
             return Err(Refusal::Conflict(format!(
                 "node {name:?} owns volume {volume:?}: give it to another one first (`holdfast volume set-owner {volume} NODE`)"
+            )));
+        }
+        if let Some((volume, ..)) = self.holds_of(id).next() {
+            return Err(Refusal::Conflict(format!(
+                "node {name:?} has a file of volume {volume:?} open: wait until that is copied"
             )));
         }
         if !self.nodes.values().any(|other| other.id != id && !other.leaves) {

@@ -4,6 +4,7 @@
 use crate::model::*;
 
 use super::commands::Executed;
+use super::files::valid_file_name;
 use super::{ClusterState, Refusal, Reply};
 
 /// A node takes one of so many free slabs at a time at most.
@@ -62,9 +63,11 @@ impl ClusterState {
 
     pub(super) fn void_unmaps(&mut self, node: NodeId) -> Reply {
         let theirs = self.vms.values().filter(|vm| vm.tenures().any(|right| right.node == node));
-        for disk in theirs.flat_map(|vm| &vm.spec.disks) {
-            if let Some(lun) = self.luns.get_mut(&disk.volume) {
-                lun.void_unmaps(&disk.file);
+        let disks = theirs.flat_map(|vm| &vm.spec.disks).map(|disk| (disk.volume.clone(), disk.file.clone()));
+        let held = self.holds_of(node).map(|(volume, _, hold)| (volume.clone(), hold.file.clone()));
+        for (volume, file) in disks.chain(held).collect::<Vec<_>>() {
+            if let Some(lun) = self.luns.get_mut(&volume) {
+                lun.void_unmaps(&file);
             }
         }
         Reply::Done
@@ -97,8 +100,19 @@ impl ClusterState {
         }
     }
 
-    /// The file of a disk, for whoever has a right to the VM.
+    /// The file of a disk, for whoever has a right to the VM; or one that is held.
     fn writable(&mut self, id: VmId, disk: u32, tenure: &Tenure) -> Result<(&mut Lun, String), Refusal> {
+        if !self.vms.contains_key(&id)
+            && let Some((volume, _, hold)) = self.hold(HoldId(id.0))
+        {
+            let (volume, file) = (volume.clone(), hold.file.clone());
+            if hold.kind != HoldKind::Writes || hold.tenure != *tenure || self.is_void(tenure) {
+                let node = self.node_name(tenure.node);
+                return Err(Refusal::Conflict(format!("{node} may not write to {file:?}")));
+            }
+            let lun = self.luns.get_mut(&volume).ok_or_else(|| Refusal::unknown("volume", &volume))?;
+            return Ok((lun, file));
+        }
         let vm = self.vms.get(&id).ok_or_else(|| Refusal::unknown("VM", id))?;
         if self.is_void(tenure) || !vm.tenures().any(|right| right == tenure) {
             return Err(Refusal::Conflict(format!(
@@ -114,7 +128,7 @@ impl ClusterState {
     }
 
     /// Whether its disks can be on LUNs where they are to be.
-    pub(super) fn valid_lun_disks(&self, spec: &VmSpec, sources: &Sources) -> Result<(), Refusal> {
+    pub(super) fn valid_lun_disks(&self, spec: &VmSpec) -> Result<(), Refusal> {
         if let Some(boot) = &spec.direct_boot
             && self.luns.contains_key(&boot.volume)
         {
@@ -133,15 +147,19 @@ impl ClusterState {
                     disk.volume
                 ));
             }
-            if sources.images.get(index).is_some_and(Option::is_some) {
-                return invalid(format!("a disk on a LUN ({:?}) begins empty: name no image for it", disk.volume));
-            }
             if !disk.size_bytes.is_multiple_of(BLOCK_BYTES) {
                 return invalid(format!("{} bytes: on a LUN it is a multiple of {BLOCK_BYTES}", disk.size_bytes));
             }
             let whole = lun.slab_bytes * u64::from(lun.slabs);
             if disk.size_bytes > whole {
                 return invalid(format!("{} bytes, and volume {:?} has {whole}", disk.size_bytes, disk.volume));
+            }
+            valid_file_name(&disk.file)?;
+            if let Some(known) = lun.in_the_way(&disk.file).filter(|known| **known != disk.file) {
+                return invalid(format!("{known:?} is on volume {:?}, so {:?} cannot be", disk.volume, disk.file));
+            }
+            if let Some((_, hold)) = lun.holds_on(&disk.file).next() {
+                return invalid(format!("{:?} is in use on {}", disk.file, self.node_name(hold.tenure.node)));
             }
             match lun.files.get(&disk.file) {
                 Some(LunFile { vm: Some(_), .. }) => return Err(Refusal::duplicate("file", &disk.file)),

@@ -6,6 +6,7 @@ mod commands;
 mod decisions;
 mod drain;
 mod fencing;
+mod files;
 mod generation;
 mod jobs;
 mod journals;
@@ -22,6 +23,7 @@ use crate::model::*;
 
 pub use command::{Command, NewNode, Proposal, Refusal, Reply};
 pub use commands::valid_name;
+pub use files::{Holding, Naming, valid_file_name};
 
 /// How many events are kept.
 const EVENTS_KEPT: usize = 1000;
@@ -111,6 +113,7 @@ impl ClusterState {
             return reply;
         }
         self.revision += 1;
+        self.end_void_holds();
         self.settle_jobs(proposal.at_ms);
         self.answered.push_back((proposal.id, reply.clone()));
         while self.answered.len() > REQUESTS_KEPT {

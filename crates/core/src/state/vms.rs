@@ -23,7 +23,7 @@ impl ClusterState {
             return Err(Refusal::duplicate("VM", &name));
         }
         self.valid_spec(&spec)?;
-        self.valid_lun_disks(&spec, &sources)?;
+        self.valid_lun_disks(&spec)?;
         if !self.nodes.contains_key(&node) {
             return Err(Refusal::unknown("node", node));
         }

@@ -7,11 +7,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use holdfast_core::*;
-use holdfast_qemu::QemuImg;
+use holdfast_qemu::{Image, ImageAt, QemuError, QemuImg};
 use tokio::task::JoinHandle;
 
-use super::{Agent, Member};
+use super::files::Held;
+use super::{Agent, Failure, Member};
 
+/// How long `qemu-img` may take to look at an image.
+const INSPECT_WITHIN: Duration = Duration::from_secs(20);
 /// Long enough for the largest image on the slowest storage.
 const DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
@@ -64,7 +67,7 @@ impl Agent {
         let end = match &vm.disks {
             DiskStage::Making { sources, .. } => {
                 progress(0, "making its disks");
-                let made = self.make(&vm, sources, progress).await;
+                let made = self.make(member, &vm, sources, progress).await;
                 if made.is_err() {
                     // Nothing half-made.
                     let _ = self.delete(&vm).await;
@@ -80,7 +83,13 @@ impl Agent {
         member.reports.say(|report| report.work.entry(job).or_default().end = Some(end));
     }
 
-    async fn make(&self, vm: &Vm, sources: &Sources, progress: impl Fn(u8, &str) + Sync) -> Result<(), String> {
+    async fn make(
+        &self,
+        member: &Member,
+        vm: &Vm,
+        sources: &Sources,
+        progress: impl Fn(u8, &str) + Sync,
+    ) -> Result<(), String> {
         self.delete(vm).await?;
         for dir in self.directories(vm) {
             tokio::fs::create_dir_all(&dir).await.map_err(|error| format!("cannot make {}: {error}", dir.display()))?;
@@ -88,22 +97,67 @@ impl Agent {
         let qemu_img = QemuImg::new("qemu-img");
         let count = vm.spec.disks.len();
         for (index, disk) in vm.spec.disks.iter().enumerate() {
-            if self.is_on_lun(disk) {
-                // Nothing of it is there, so it reads as zero.
-                continue;
-            }
+            let on_lun = self.is_on_lun(disk);
             let path = self.volume_path(&disk.volume, &disk.file);
-            let made = match sources.images.get(index).and_then(Option::as_ref) {
-                None => qemu_img.create(&path, disk.format, disk.size_bytes, DEADLINE).await,
-                Some(image) => {
-                    let note = format!("copying {image}");
-                    let on = |share: f64| progress(((index as f64 + share) * 100.0 / count as f64) as u8, &note);
-                    qemu_img.convert(Path::new(image), &path, disk.format, Some(disk.size_bytes), DEADLINE, on).await
+            let Some(image) = sources.images.get(index).and_then(Option::as_ref) else {
+                // Of a disk on a LUN nothing is there yet, so it reads as zero.
+                if !on_lun {
+                    let made = qemu_img.create(&path, disk.format, disk.size_bytes, DEADLINE).await;
+                    made.map_err(|error| error.to_string())?;
                 }
+                continue;
             };
-            made.map_err(|error| error.to_string())?;
+            let note = format!("copying {image}");
+            let on = |share: f64| progress(((index as f64 + share) * 100.0 / count as f64) as u8, &note);
+            let told = |failure: Failure| failure.to_string();
+            let held = self.hold_image(member, image).await.map_err(told)?;
+            let from = held.as_ref().map_or(ImageAt::File(Path::new(image)), |held| ImageAt::Socket(held.socket()));
+            if on_lun {
+                let what = Holding::File { name: disk.file.clone(), kind: HoldKind::Writes };
+                let target = self.hold(&member.by(), &disk.volume, what).await.map_err(told)?;
+                let filled = qemu_img.fill(from, target.socket(), DEADLINE, on).await;
+                target.end(&member.by(), None).await.map_err(told)?;
+                filled.map_err(|error| error.to_string())?;
+            } else {
+                let made = qemu_img.convert(from, &path, disk.format, Some(disk.size_bytes), DEADLINE, on).await;
+                made.map_err(|error| error.to_string())?;
+            }
+            if let Some(held) = held {
+                held.end(&member.by(), None).await.map_err(told)?;
+            }
         }
         Ok(())
+    }
+
+    /// Takes an image into this node's hands that is on a LUN: `VOLUME:FILE`. Any other is
+    /// a file that is there.
+    async fn hold_image(&self, member: &Member, image: &str) -> Result<Option<Held>, Failure> {
+        match image.split_once(':').filter(|_| !image.starts_with('/')) {
+            Some((volume, file)) => {
+                let what = Holding::File { name: file.to_owned(), kind: HoldKind::Reads };
+                let held = self.hold(&member.by(), volume, what).await?;
+                match held.bytes {
+                    0 => Err(Failure::other("bad_image", format!("{image} is empty"))),
+                    _ => Ok(Some(held)),
+                }
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// What an image on a LUN is.
+    ///
+    /// # Errors
+    /// The file is not there, or in use; this node does not reach it. The inner one is
+    /// qemu-img's.
+    pub async fn inspect_on_lun(&self, volume: &str, file: &str) -> Result<Result<Image, QemuError>, Failure> {
+        let member = self.member()?;
+        let Some(held) = self.hold_image(member, &format!("{volume}:{file}")).await? else {
+            return Err(Failure::other("unreadable", format!("{file:?} is no file of volume {volume:?}")));
+        };
+        let found = QemuImg::new("qemu-img").inspect(ImageAt::Socket(held.socket()), INSPECT_WITHIN).await;
+        held.end(&member.by(), None).await?;
+        Ok(found)
     }
 
     async fn delete(&self, vm: &Vm) -> Result<(), String> {

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::lane::ConsensusLane;
 use super::peers::{Peers, addresses, heartbeat_addresses};
-use super::{Agent, Failure, Member, guests, members, now_ms, report, rpc, serving};
+use super::{Agent, Failure, Member, copies, files, guests, members, now_ms, report, rpc, serving};
 use crate::generation::{Allegiance, Kept};
 use crate::heartbeat::SecretKey;
 use crate::identity::{self, Identity};
@@ -127,6 +127,8 @@ impl Agent {
             witnesses,
             guests: guests::Guests::default(),
             serving: serving::Serving::default(),
+            holds: files::Holds::default(),
+            drafts: copies::Drafts::default(),
         }));
         if self.0.member.set(member).is_err() {
             anyhow::bail!("this host is in a cluster already");
@@ -188,6 +190,7 @@ impl Agent {
         tokio::spawn(self.clone().keep_serving(member));
         tokio::spawn(self.clone().keep_journals(member));
         tokio::spawn(self.clone().keep_disks(member));
+        tokio::spawn(self.clone().keep_holds(member));
     }
 
     /// One socket for each address that there is, so that it shows which networks

@@ -190,7 +190,7 @@ fn holds(contents: &Contents) -> String {
 }
 
 fn agreed(lun: &holdfast_core::Lun) -> BTreeMap<String, Agreed> {
-    crate::volume::agreed(lun.files.iter().map(|(name, file)| (name, file.bytes, file.parts.as_slice())))
+    crate::volume::agreed(lun.named_files().map(|(name, file)| (name, file.bytes, file.parts.as_slice())))
 }
 
 fn differences(superblock: &Superblock, identity: &Identity, lun: &holdfast_core::Lun) -> Vec<String> {

@@ -140,7 +140,7 @@ impl Agent {
             device: member.serving.device(id).unwrap_or_else(|| device.into()),
             epoch: lun.journal.epoch,
             revision: lun.revision,
-            files: lun.files.iter().map(|(name, file)| (name.clone(), (file.bytes, file.parts.clone()))).collect(),
+            files: lun.named_files().map(|(name, file)| (name.clone(), (file.bytes, file.parts.clone()))).collect(),
             repair: lun.journal.repair.then_some(made),
         };
         self.line(member).await?.call(Call::Describe(description), WRITE_WITHIN).await?;

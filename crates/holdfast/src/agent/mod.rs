@@ -8,11 +8,13 @@
 //! ```
 
 mod coordinator;
+pub mod copies;
 mod disks;
 mod enter;
 mod facts;
 mod failure;
 mod fencing;
+mod files;
 mod force;
 mod guest;
 mod guests;
@@ -105,6 +107,8 @@ struct Member {
     witnesses: Arc<witness::Seats>,
     guests: guests::Guests,
     serving: serving::Serving,
+    holds: files::Holds,
+    drafts: copies::Drafts,
 }
 
 impl Member {

@@ -167,6 +167,9 @@ impl Agent {
         // A right that is over is never given again: QEMU is dead, its disks are only
         // still to be withdrawn.
         let lasts = |disk: &Disk| {
+            if let Some((.., hold)) = state.hold(HoldId(disk.vm.0)) {
+                return hold.tenure == disk.tenure && !state.is_void(&disk.tenure);
+            }
             let vm = state.vms.get(&disk.vm);
             !state.is_void(&disk.tenure) && vm.is_some_and(|vm| vm.tenures().any(|right| *right == disk.tenure))
         };
@@ -321,7 +324,7 @@ impl Agent {
         Ok(())
     }
 
-    async fn serve_disk(&self, member: &'static Member, disk: Disk) -> Result<(), CallError> {
+    pub(super) async fn serve_disk(&self, member: &'static Member, disk: Disk) -> Result<(), CallError> {
         let listening = self.0.keeper.ask(Request::Listen { path: disk.socket.clone() }).await;
         listening.map_err(|error| CallError::Unknown(error.into()))?;
         let line = self.line(member).await.map_err(CallError::Unknown)?;
@@ -434,6 +437,13 @@ impl Agent {
                 member.serving.wanted().entry(disk.id()).or_insert(disk);
             }
         }
+        self.withdraw_disks(member, vm, None).await
+    }
+
+    /// Withdraws a disk that an earlier life of this agent may have had served.
+    pub(super) async fn withdraw_unknown(&self, member: &'static Member, disk: Disk) -> anyhow::Result<()> {
+        let vm = disk.vm;
+        member.serving.wanted().entry(disk.id()).or_insert(disk);
         self.withdraw_disks(member, vm, None).await
     }
 
@@ -567,14 +577,17 @@ fn lun_disks<'a>(state: &ClusterState, vm: &'a Vm) -> Vec<(u32, &'a DiskSpec)> {
     (0..).zip(&vm.spec.disks).filter(|(_, disk)| state.luns.contains_key(&disk.volume)).collect()
 }
 
-/// Whether a VM with a right to run on a node has disks on LUNs.
+/// Whether a node has a file open, or a right to run a VM that has disks on LUNs.
 fn has_lun_disks(state: &ClusterState, node: NodeId) -> bool {
     let here = |vm: &&Vm| vm.tenures().any(|right| right.node == node && !state.is_void(right));
-    state.vms.values().filter(here).any(|vm| !lun_disks(state, vm).is_empty())
+    state.vms.values().filter(here).any(|vm| !lun_disks(state, vm).is_empty()) || state.holds_of(node).next().is_some()
 }
 
 fn parts_of(state: &ClusterState, vm: VmId, disk: u32) -> Vec<Mapped> {
     let file = || {
+        if let Some((_, lun, hold)) = state.hold(HoldId(vm.0)) {
+            return lun.files.get(&hold.file);
+        }
         let disk = state.vms.get(&vm)?.spec.disks.get(disk as usize)?;
         state.luns.get(&disk.volume)?.files.get(&disk.file)
     };

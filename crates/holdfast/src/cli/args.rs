@@ -409,10 +409,48 @@ pub enum VolumeCommand {
         #[arg(long, value_name = "NAME")]
         take: Option<String>,
     },
-    /// List the files of a volume on a LUN.
+    /// List the files of a volume.
     Ls {
         /// Its name.
         name: String,
+    },
+    /// Put a file of this host onto a volume. It is there when all of it is.
+    Put {
+        /// The volume.
+        name: String,
+        /// The file here.
+        from: PathBuf,
+        /// Its name there: parts with slashes between them. The same as here by default.
+        to: Option<String>,
+        /// Replace a file of that name.
+        #[arg(long)]
+        replace: bool,
+    },
+    /// Get a file from a volume to this host.
+    Get {
+        /// The volume.
+        name: String,
+        /// The file there.
+        from: String,
+        /// Where to; a file of the same name in this directory by default.
+        to: Option<PathBuf>,
+    },
+    /// Remove a file from a volume that no VM has and nobody has open.
+    Rm {
+        /// The volume.
+        name: String,
+        /// The file.
+        file: String,
+    },
+    /// Copy a file from a volume to the same or another one, through this host.
+    Cp {
+        /// What: VOLUME:FILE.
+        from: String,
+        /// Where to: VOLUME:FILE.
+        to: String,
+        /// Replace a file of that name.
+        #[arg(long)]
+        replace: bool,
     },
     /// Look at all of a LUN's description and compare it with the cluster's state. Changes nothing.
     Check {
@@ -570,6 +608,10 @@ mod tests {
             "volume df san --json",
             "volume import san --lun /dev/sdb --take old",
             "volume ls san",
+            "volume put san debian.iso iso/debian.iso --replace",
+            "volume get san iso/debian.iso /tmp/debian.iso",
+            "volume rm san iso/debian.iso",
+            "volume cp san:iso/a.iso main:a.iso --json",
             "volume check san",
             "volume check --lun /dev/sdb --json",
             "volume repair san",

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use holdfast_api::ErrorBody;
+use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
@@ -32,6 +33,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// How long an answer may take. Longer than the agent looks for a coordinator
 /// and than it looks at images.
 const ANSWER_WITHIN: Duration = Duration::from_secs(90);
+/// How long a file may take on its way.
+const BODY_WITHIN: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The largest answer that is read, in bytes.
 const LARGEST_ANSWER: usize = 64 << 20;
 /// The longest line of a stream, in bytes.
@@ -39,6 +42,14 @@ const LONGEST_LINE: usize = 1 << 20;
 /// A stream that shows no sign of life for so long is dead: the agent sends one
 /// every ten seconds.
 const SILENCE: Duration = Duration::from_secs(30);
+
+/// The body of a request: all of it at once, or what comes.
+type Sent = BoxBody<Bytes, std::io::Error>;
+
+/// A body that is all there.
+pub fn whole(body: Bytes) -> Sent {
+    Full::new(body).map_err(|never| match never {}).boxed()
+}
 
 /// Why a request brought no result.
 #[derive(Debug, thiserror::Error)]
@@ -183,7 +194,7 @@ impl Client {
         &self,
         method: Method,
         path: &str,
-        body: Bytes,
+        body: Sent,
         headers: &[(header::HeaderName, String)],
         deadline: Duration,
     ) -> Result<Response<Incoming>, ClientError> {
@@ -210,7 +221,7 @@ impl Client {
             request = request.header(name, value);
         }
         let request = request
-            .body(Full::new(body))
+            .body(body)
             .map_err(|error| ClientError::Options(format!("the request cannot be written: {error}")))?;
         let answer = match timeout(deadline, sender.send_request(request)).await {
             Ok(answer) => answer.map_err(|error| lost(error.to_string()))?,
@@ -238,7 +249,7 @@ impl Client {
     }
 
     async fn exchange<A: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<A, ClientError> {
-        let answer = self.send(method, path, body, &[], ANSWER_WITHIN).await?;
+        let answer = self.send(method, path, whole(body), &[], ANSWER_WITHIN).await?;
         let body = self.read(answer).await?;
         // An answer without a body (204) reads as `null`.
         let body: &[u8] = if body.is_empty() { b"null" } else { &body };
@@ -272,10 +283,25 @@ impl Client {
         self.send_json(Method::POST, path, request).await
     }
 
+    /// Puts a body of so many bytes to `path`, however long that takes.
+    pub async fn put_body(&self, path: &str, bytes: u64, body: Sent) -> Result<(), ClientError> {
+        let headers = [(header::CONTENT_LENGTH, bytes.to_string())];
+        self.send(Method::PUT, path, body, &headers, BODY_WITHIN).await.map(drop)
+    }
+
+    /// Opens what is at `path`: its length, if that is known, and its bytes as they come.
+    pub async fn get_body(&self, path: &str) -> Result<(u64, Incoming), ClientError> {
+        let answer = self.send(Method::GET, path, whole(Bytes::new()), &[], ANSWER_WITHIN).await?;
+        let length = answer.headers().get(header::CONTENT_LENGTH);
+        let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+        let strange = || ClientError::Strange { agent: self.agent(), why: "a file without a length".into() };
+        Ok((length.ok_or_else(strange)?, answer.into_body()))
+    }
+
     /// Opens the stream of bytes at `path`.
     pub async fn upgrade(&self, path: &str, protocol: &str) -> Result<impl Duplex + use<>, ClientError> {
         let headers = [(header::CONNECTION, "upgrade".to_owned()), (header::UPGRADE, protocol.to_owned())];
-        let answer = self.send(Method::GET, path, Bytes::new(), &headers, ANSWER_WITHIN).await?;
+        let answer = self.send(Method::GET, path, whole(Bytes::new()), &headers, ANSWER_WITHIN).await?;
         let lost = |why: String| ClientError::Lost { agent: self.agent(), why };
         let upgraded = timeout(CONNECT_WITHIN, hyper::upgrade::on(answer)).await;
         match upgraded {
@@ -291,7 +317,7 @@ impl Client {
             (header::ACCEPT, "text/event-stream".to_owned()),
             (header::HeaderName::from_static("last-event-id"), last.to_string()),
         ];
-        let answer = self.send(Method::GET, path, Bytes::new(), &headers, ANSWER_WITHIN).await?;
+        let answer = self.send(Method::GET, path, whole(Bytes::new()), &headers, ANSWER_WITHIN).await?;
         Ok(Events { body: answer.into_body(), lines: Lines::default() })
     }
 }

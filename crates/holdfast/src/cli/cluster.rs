@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use super::args::*;
 use super::client::Client;
 use super::vm::segment;
-use super::{Done, fencing, luns, output};
+use super::{Done, fencing, files, luns, output};
 
 /// So often a node that is being drained is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
@@ -382,6 +382,15 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
             let files: Vec<api::FileView> = client.get(&format!("/api/v1/volumes/{}/files", segment(&name))).await?;
             return luns::list(&files, json);
         }
+        VolumeCommand::Put { name, from, to, replace } => {
+            return files::put(client, &name, &from, to, replace, json).await;
+        }
+        VolumeCommand::Get { name, from, to } => return files::get(client, &name, &from, to, json).await,
+        VolumeCommand::Rm { name, file } => {
+            let () = client.delete(&files::path(&name, &file)).await?;
+            return done(json, format!("{file} is removed from volume {name}."));
+        }
+        VolumeCommand::Cp { from, to, replace } => return files::copy(client, &from, &to, replace, json).await,
         VolumeCommand::Check { name, .. } => {
             let name = name.unwrap_or_default();
             return luns::check(&client.get(&format!("/api/v1/volumes/{}/check", segment(&name))).await?, json);

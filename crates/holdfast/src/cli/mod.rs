@@ -7,6 +7,7 @@ mod cluster;
 mod console;
 mod documents;
 mod fencing;
+mod files;
 mod job;
 mod luns;
 mod output;

@@ -17,6 +17,10 @@ use crate::identity::hex;
 
 /// How long `qemu-img` may take to look at an image.
 const INSPECT_WITHIN: Duration = Duration::from_secs(20);
+/// Sizes of disks are multiples of this, in bytes.
+const BLOCK_BYTES: u64 = 512;
+/// On a LUN, of this.
+const LUN_BLOCK_BYTES: u64 = 4096;
 /// The largest kernel or initial ramdisk, in bytes.
 const LARGEST_BOOT_FILE: u64 = 2 << 30;
 
@@ -72,7 +76,10 @@ pub async fn command(agent: &Agent, request: api::CreateVm) -> Result<Command, A
         };
         let size = match &disk.file {
             Some(file) => size_of_file(&state, index, disk, file)?,
-            None => disk_size(index, disk.size, filling.as_ref().map(|f| f.virtual_bytes))?,
+            None => {
+                let block = if state.luns.contains_key(&disk.volume) { LUN_BLOCK_BYTES } else { BLOCK_BYTES };
+                disk_size(index, disk.size, filling.as_ref().map(|f| f.virtual_bytes), block)?
+            }
         };
         if !state.luns.contains_key(&disk.volume) {
             let (path, volume) = (agent.volume_path(&disk.volume, ""), disk.volume.clone());
@@ -224,7 +231,7 @@ fn version(machine: &str) -> Option<(u32, u32)> {
 }
 
 /// A disk's size: what is asked for, or else its image's.
-fn disk_size(index: usize, wanted: Option<api::Size>, image: Option<u64>) -> Result<u64, ApiError> {
+fn disk_size(index: usize, wanted: Option<api::Size>, image: Option<u64>, block: u64) -> Result<u64, ApiError> {
     let refuse = |text: String| Err(ApiError::invalid(format!("disk {index}: {text}")));
     match (wanted, image) {
         (Some(api::Size(0)), _) => refuse("its size is 0: say how large it shall be".into()),
@@ -236,7 +243,7 @@ fn disk_size(index: usize, wanted: Option<api::Size>, image: Option<u64>) -> Res
         }
         (Some(size), _) => Ok(size.0),
         (None, Some(image)) => image
-            .checked_next_multiple_of(512)
+            .checked_next_multiple_of(block)
             .filter(|size| *size > 0)
             .map_or_else(|| refuse("its image is empty".into()), Ok),
         (None, None) => refuse("it has no image, so its size has to be given".into()),
@@ -252,7 +259,7 @@ fn size_of_file(state: &ClusterState, index: usize, disk: &api::DiskDefinition, 
     if disk.size.is_some() || disk.image.is_some() {
         return refuse(format!("{file:?} is as it is: name neither a size nor an image for it"));
     }
-    match lun.files.get(file) {
+    match lun.files.get(file).filter(|_| is_file_name(file)) {
         Some(found) if found.vm.is_none() => Ok(found.bytes),
         Some(_) => refuse(format!("{file:?} belongs to a VM")),
         None => refuse(format!("there is no file {file:?} on volume {:?}: see `holdfast volume ls`", disk.volume)),
@@ -319,7 +326,15 @@ fn path_of(agent: &Agent, state: &ClusterState, source: &Source) -> Result<PathB
 }
 
 async fn look_at_image(agent: &Agent, state: &ClusterState, text: &str) -> Result<Filling, ApiError> {
-    let path = path_of(agent, state, &source(text)?)?;
+    let source = source(text)?;
+    if let Source::OnVolume { volume, file } = &source
+        && state.luns.contains_key(volume)
+    {
+        let found = agent.inspect_on_lun(volume, file).await?;
+        let image = found.map_err(|error| ApiError::new("bad_image", error.to_string()))?;
+        return Ok(Filling { path: format!("{volume}:{file}"), virtual_bytes: image.virtual_bytes });
+    }
+    let path = path_of(agent, state, &source)?;
     readable("image", &path).await?;
     let image = QemuImg::new("qemu-img")
         .inspect(&path, INSPECT_WITHIN)

@@ -338,7 +338,7 @@ pub fn files(state: &ClusterState, lun: &Lun) -> Vec<api::FileView> {
         allocated_bytes: u64::from(file.slabs()) * lun.slab_bytes,
         vm: file.vm.and_then(|vm| state.vms.get(&vm)).map(|vm| vm.name.clone()),
     };
-    lun.files.iter().map(file).collect()
+    lun.named_files().map(file).collect()
 }
 
 /// A job.

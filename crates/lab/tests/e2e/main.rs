@@ -20,6 +20,7 @@ mod demo;
 mod drain;
 mod everything_restarts;
 mod fencing;
+mod files;
 mod flapping;
 mod full_disk;
 mod hand_over;

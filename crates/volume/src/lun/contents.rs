@@ -256,7 +256,7 @@ impl Contents {
 
     fn valid_size(&self, bytes: u64) -> Result<(), Wrong> {
         let most = u64::from(u32::MAX) * self.geometry.slab_bytes;
-        if bytes > most || !bytes.is_multiple_of(512) { Err(Wrong::Range) } else { Ok(()) }
+        if bytes > most { Err(Wrong::Range) } else { Ok(()) }
     }
 
     /// The changes that make all of this from nothing.

@@ -70,9 +70,9 @@ fn the_newest_machine_type_that_all_nodes_offer_is_chosen() {
 #[test]
 fn a_disk_is_as_large_as_asked_and_never_smaller_than_its_image() {
     let size = |bytes| Some(api::Size(bytes));
-    assert_eq!(disk_size(0, size(1 << 20), None), Ok(1 << 20));
-    assert_eq!(disk_size(0, size(1 << 20), Some(512)), Ok(1 << 20));
-    assert_eq!(disk_size(0, None, Some(513)), Ok(1024));
+    assert_eq!(disk_size(0, size(1 << 20), None, 512), Ok(1 << 20));
+    assert_eq!(disk_size(0, size(1 << 20), Some(512), 512), Ok(1 << 20));
+    assert_eq!(disk_size(0, None, Some(513), 512), Ok(1024));
     for (wanted, image, text) in [
         (size(0), None, "is 0"),
         (size(100), None, "no multiple of 512"),
@@ -81,7 +81,7 @@ fn a_disk_is_as_large_as_asked_and_never_smaller_than_its_image() {
         (None, Some(0), "empty"),
         (None, Some(u64::MAX), "empty"),
     ] {
-        let refused = disk_size(1, wanted, image).unwrap_err();
+        let refused = disk_size(1, wanted, image, 512).unwrap_err();
         assert!(refused.message.contains(text), "{refused}");
         assert!(refused.message.starts_with("disk 1"), "{refused}");
     }
@@ -263,7 +263,7 @@ prop_compose! {
 
 /// Creates a VM as the API would, with the sizes that images would give.
 fn create(wanted: &api::VmDefinition) -> Vm {
-    let sizes: Vec<_> = wanted.disks.iter().map(|disk| disk_size(0, disk.size, Some(512)).unwrap()).collect();
+    let sizes: Vec<_> = wanted.disks.iter().map(|disk| disk_size(0, disk.size, Some(512), 512).unwrap()).collect();
     let on_volume = |text: &str| match source(text).unwrap() {
         Source::OnVolume { volume, file } => (volume, file),
         Source::Here(path) => panic!("{} is copied by another way", path.display()),

@@ -5,11 +5,10 @@ use axum::http::StatusCode;
 use axum::{Extension, Json};
 use holdfast_api as api;
 
-use super::{state, volumes};
+use super::volumes;
 use crate::http::Served;
 use crate::http::error::{ApiError, Body};
 use crate::http::gate::Caller;
-use crate::http::views;
 use crate::volume::view;
 
 /// Takes over a LUN that is a volume already, with its files.
@@ -24,25 +23,6 @@ pub async fn import(
 ) -> Result<(StatusCode, Json<api::VolumeView>), ApiError> {
     served.agent.import_lun(&by, &request.name, &request.lun, request.take.as_deref()).await?;
     Ok((StatusCode::CREATED, Json(volumes::one(&served, &request.name).await?)))
-}
-
-/// The files of a volume on a LUN.
-#[utoipa::path(get, path = "/api/v1/volumes/{name}/files", operation_id = "listVolumeFiles", tag = "volumes", params(("name" = String, Path)), responses(
-    (status = 200, body = Vec<api::FileView>),
-    (status = "default", body = api::ErrorBody, description = "an error"),
-))]
-pub async fn files(
-    State(served): State<Served>,
-    Path(name): Path<String>,
-) -> Result<Json<Vec<api::FileView>>, ApiError> {
-    let state = state(&served.agent)?;
-    match (state.luns.get(&name), state.volumes.contains_key(&name)) {
-        (Some(lun), _) => Ok(Json(views::files(&state, lun))),
-        (None, true) => {
-            Err(ApiError::invalid(format!("volume {name:?} is a directory: look into it with plain tools")))
-        }
-        (None, false) => Err(ApiError::not_found("volume", &name)),
-    }
 }
 
 /// Looks at all of a LUN's description on the asked node, and compares it with the

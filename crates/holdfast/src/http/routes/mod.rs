@@ -3,6 +3,7 @@
 mod cluster;
 mod console;
 mod fencing;
+mod files;
 mod jobs;
 mod luns;
 mod networks;
@@ -67,7 +68,8 @@ pub fn all() -> OpenApiRouter<Served> {
         .routes(routes!(volumes::set_owner))
         .routes(routes!(volumes::set_redirect))
         .routes(routes!(luns::import))
-        .routes(routes!(luns::files))
+        .routes(routes!(files::list))
+        .routes(routes!(files::get, files::put, files::remove))
         .routes(routes!(luns::check))
         .routes(routes!(luns::repair))
         .routes(routes!(vms::list, vms::create))
