@@ -15,7 +15,7 @@ pub struct VolumeView {
     /// The path of what is behind it: of a directory on every node, of a LUN on the
     /// node that added it.
     pub path: String,
-    /// Where the asked node sees it; absent for a LUN, which holds no files for others.
+    /// Where the asked node sees it; absent for a LUN, whose files are reached by `volume ls|put|get`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mounted_at: Option<String>,
     /// Its size; of a directory as the asked node sees it, absent when it does not

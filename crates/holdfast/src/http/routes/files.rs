@@ -31,6 +31,8 @@ pub async fn list(
     State(served): State<Served>,
     Path(name): Path<String>,
 ) -> Result<Json<Vec<api::FileView>>, ApiError> {
+    // Somebody may have put one through another node a moment ago.
+    served.agent.catch_up().await;
     let state = state(&served.agent)?;
     match (state.luns.get(&name), state.volumes.contains_key(&name)) {
         (Some(lun), _) => Ok(Json(views::files(&state, lun))),
