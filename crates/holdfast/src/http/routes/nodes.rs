@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use axum::{Extension, Json};
 use holdfast_api as api;
 use holdfast_core::{Command, NodeId, Refusal};
-use tokio::time::{Instant, sleep};
+use tokio::time::timeout;
 
 use crate::agent::Agent;
 
@@ -20,8 +20,6 @@ use crate::http::views;
 
 /// Within so long a node that is removed is none any more: longer than any lease.
 const REMOVED_WITHIN: Duration = Duration::from_secs(20);
-/// So often that is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// For how long a join token is good when nothing else is said.
 const TOKEN_VALID_MS: u64 = 60 * 60 * 1000;
 /// The longest that a join token may be good.
@@ -141,17 +139,14 @@ pub async fn remove(
 
 /// A node that was up is one until its lease has ended.
 async fn until_gone(agent: &Agent, node: NodeId) -> Result<(), ApiError> {
-    let deadline = Instant::now() + REMOVED_WITHIN;
-    loop {
-        let now = state(agent)?;
-        let Some(left) = now.nodes.get(&node) else { return Ok(()) };
-        if Instant::now() >= deadline {
-            return Err(ApiError::from(Refusal::Conflict(format!(
-                "node {:?} gets no lease any more, and is no node any more once that has ended: see `holdfast node list`",
-                left.name
-            ))));
-        }
-        sleep(LOOK_EVERY).await;
+    let mut changes = agent.changes();
+    let gone = changes.wait_for(|state| !state.nodes.contains_key(&node));
+    match timeout(REMOVED_WITHIN, gone).await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(ApiError::from(Refusal::Conflict(format!(
+            "{} gets no lease any more, and is no node any more once that has ended: see `holdfast node list`",
+            agent.state().node_name(node)
+        )))),
     }
 }
 
