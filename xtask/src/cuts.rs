@@ -11,7 +11,7 @@
 //! The guest must see no error, and everything that it acknowledged must be on the LUN.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -22,8 +22,8 @@ use holdfast_lab::guest::Writer;
 use holdfast_lab::{Network, San, records_on};
 
 use crate::bench::table::{self, Row};
-use crate::chaos::dice::Dice;
-use crate::{root, verify};
+use crate::dice::{Dice, Drawn};
+use crate::root;
 
 const LUN: &str = "san";
 const LUN_BYTES: u64 = 480 << 20;
@@ -44,15 +44,8 @@ pub struct Args {
     /// How many cuts.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     count: u32,
-    /// Draw the same cuts as in an earlier run.
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Write the rows to this file as well.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Run this program instead of building one; the guest is taken as it is, too.
-    #[arg(long, value_name = "FILE")]
-    binary: Option<PathBuf>,
+    #[command(flatten)]
+    drawn: Drawn,
 }
 
 /// Runs them; false when something was lost, an error was seen, or a goal was missed.
@@ -60,20 +53,11 @@ pub struct Args {
 /// # Errors
 /// When the cluster cannot be built, or does not come back after a cut.
 pub fn run(args: &Args) -> Result<bool> {
-    let binary = match &args.binary {
-        Some(binary) => binary.clone(),
-        None => {
-            ensure!(verify::guest().run()?.passed() && verify::binary().run()?.passed(), "it could not be built");
-            let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-            root().join(target).join("debug/holdfast")
-        }
-    };
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).context("before 1970")?;
-    let seed = args.seed.unwrap_or(clock.as_secs());
+    let (binary, seed) = (args.drawn.binary()?, args.drawn.seed()?);
     eprintln!("seed {seed}: `cargo xtask cuts --count {} --seed {seed}` draws the same cuts", args.count);
     let rows = measure(&binary, args.count, seed)?;
     println!("\n{}", table::table(&rows));
-    if let Some(file) = &args.json {
+    if let Some(file) = &args.drawn.json {
         table::write_json(&rows, file)?;
     }
     Ok(rows.iter().all(|row| row.met != Some(false)))

@@ -4,6 +4,7 @@
 mod bench;
 mod chaos;
 mod cuts;
+mod dice;
 mod fix;
 mod leftovers;
 mod step;

@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use holdfast_lab::Network;
 use holdfast_lab::cluster::{Cluster, GuestVm};
 
-use super::dice::Dice;
+use crate::dice::Dice;
 
 /// The networks that nodes talk on.
 const NETWORKS: [Network; 4] = [Network::Management, Network::Heartbeat, Network::Migration, Network::Storage];

@@ -9,7 +9,6 @@
 //! to. Then all faults end, and all must be in order again within a bound, with
 //! nothing lost, nothing twice and nothing left behind.
 
-pub mod dice;
 mod fault;
 mod judge;
 mod report;
@@ -21,17 +20,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Parser;
 use holdfast_api::VmState;
 use holdfast_lab::cluster::{Cluster, ClusterSpec, GuestVm, VmTemplate};
 use holdfast_lab::guest::{Acknowledged, Writer};
 
-use self::dice::Dice;
 use self::fault::{Fault, Undo};
 use self::report::Report;
 use self::work::Written;
-use crate::{root, verify};
+use crate::dice::{Dice, Drawn};
+use crate::root;
 
 /// A guest writes a record so long after it acknowledged one.
 const WRITE_EVERY: Duration = Duration::from_millis(40);
@@ -49,18 +48,11 @@ pub struct Args {
     /// For how long, in minutes; a round that has begun is ended.
     #[arg(long, default_value_t = 20.0)]
     minutes: f64,
-    /// Draw the same faults as in an earlier run.
-    #[arg(long)]
-    seed: Option<u64>,
     /// How many nodes.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(3..=5))]
     nodes: u8,
-    /// Write the report to this file as well.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Run this program instead of building one; the guest is taken as it is, too.
-    #[arg(long, value_name = "FILE")]
-    binary: Option<PathBuf>,
+    #[command(flatten)]
+    drawn: Drawn,
 }
 
 /// Runs it; false when something was violated.
@@ -68,16 +60,7 @@ pub struct Args {
 /// # Errors
 /// When the cluster cannot be built, which says nothing about it.
 pub fn run(args: &Args) -> Result<bool> {
-    let binary = match &args.binary {
-        Some(binary) => binary.clone(),
-        None => {
-            ensure!(verify::guest().run()?.passed() && verify::binary().run()?.passed(), "it could not be built");
-            let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-            root().join(target).join("debug/holdfast")
-        }
-    };
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).context("before 1970")?;
-    let seed = args.seed.unwrap_or(clock.as_secs());
+    let (binary, seed) = (args.drawn.binary()?, args.drawn.seed()?);
     eprintln!("seed {seed}: `cargo xtask chaos --nodes {} --seed {seed}` draws the same faults", args.nodes);
     let mut chaos = Chaos::form(&binary, usize::from(args.nodes), seed)?;
     let until = Instant::now() + Duration::from_secs_f64(args.minutes.clamp(0.1, 10_000.0) * 60.0);
@@ -95,7 +78,7 @@ pub fn run(args: &Args) -> Result<bool> {
     chaos.report.seconds = begun.elapsed().as_secs();
     let report = chaos.close();
     println!("\n{report}");
-    if let Some(file) = &args.json {
+    if let Some(file) = &args.drawn.json {
         fs::write(file, serde_json::to_string_pretty(&report)? + "\n")
             .with_context(|| format!("cannot write {}", file.display()))?;
     }

@@ -1,5 +1,50 @@
 //! Chance that can be had again: SplitMix64, as Steele, Lea and Flood gave it in
-//! "Fast splittable pseudorandom number generators" (2014).
+//! "Fast splittable pseudorandom number generators" (2014). And the options of what is drawn.
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{root, verify};
+
+/// The options of a run in which chance decides.
+#[derive(Debug, clap::Args)]
+pub struct Drawn {
+    /// Draw the same as in an earlier run.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Write the report to this file as well.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Run this program instead of building one; the guest is taken as it is, too.
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
+}
+
+impl Drawn {
+    /// The program that is run.
+    ///
+    /// # Errors
+    /// It, or the guest, could not be built.
+    pub fn binary(&self) -> Result<PathBuf> {
+        if let Some(binary) = &self.binary {
+            return Ok(binary.clone());
+        }
+        ensure!(verify::guest().run()?.passed() && verify::binary().run()?.passed(), "it could not be built");
+        let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+        Ok(root().join(target).join("debug/holdfast"))
+    }
+
+    /// What the draws follow from.
+    ///
+    /// # Errors
+    /// The clock is before 1970.
+    pub fn seed(&self) -> Result<u64> {
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).context("before 1970")?;
+        Ok(self.seed.unwrap_or(clock.as_secs()))
+    }
+}
 
 /// A source of chance; the same seed gives the same draws.
 #[derive(Debug, Clone)]
