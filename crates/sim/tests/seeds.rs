@@ -42,14 +42,14 @@ fn broken_rules_are_caught() {
         (Mutation::IgnoreEpoch, 866),
         (Mutation::IgnoreTerm, 18),
         (Mutation::SilenceIsLost, 0),
-        (Mutation::TimeoutIsFailure, 1),
+        (Mutation::TimeoutIsFailure, 65),
         (Mutation::ContinueWithoutWord, 0),
         (Mutation::ContinueForTheLost, 9),
         (Mutation::GrantWithoutAuthority, 11),
         (Mutation::VoteAtOnce, 122),
         (Mutation::HearEarlierLives, 83),
         (Mutation::OutliveTheLease, 9),
-        (Mutation::BelieveFailedFence, 102),
+        (Mutation::BelieveFailedFence, 57),
         (Mutation::ForgetHold, 283),
         (Mutation::AcknowledgeBeforeTheDisk, 228),
         (Mutation::SkipJoint, 11),
@@ -57,8 +57,9 @@ fn broken_rules_are_caught() {
         (Mutation::CoordinateAtOnce, 18),
         (Mutation::StaleWitnessVotes, 8),
         (Mutation::AnswerWithoutLease, 6),
-        (Mutation::ClaimWithoutLooking, 23),
+        (Mutation::ClaimWithoutLooking, 10),
         (Mutation::LeaveEarly, 4),
+        (Mutation::ForgetAtOnce, 2),
     ];
     assert!(known.iter().map(|(mutation, _)| *mutation).eq(Mutation::ALL), "each has its seed");
     for (mutation, seed) in known {

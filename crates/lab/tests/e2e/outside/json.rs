@@ -78,11 +78,15 @@ const DOES: &[&str] = &[
     "vm start",
     "vm stop",
     "volume add",
+    "volume cp",
+    "volume get",
     "volume import",
     "volume maintenance",
+    "volume put",
     "volume remove",
     "volume rename",
     "volume repair",
+    "volume rm",
     "volume set-owner",
 ];
 
