@@ -7,7 +7,7 @@ use std::ops::RangeBounds;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
-use openraft::{OptionalSend, alias};
+use openraft::{EntryPayload, OptionalSend, alias};
 use tokio::sync::oneshot;
 
 use crate::record::{EntryRecord, Position, VoteRecord};
@@ -44,14 +44,18 @@ impl Log {
         self.memory.lock().map_err(|_| io::Error::other("a thread panicked while it changed the log"))
     }
 
-    async fn write_and_wait(&self, op: Op) -> io::Result<()> {
+    async fn write_and_wait(&self, ops: Vec<Op>) -> io::Result<()> {
         let (tell, told) = oneshot::channel();
         let done = Box::new(move |outcome| {
             let _ = tell.send(outcome);
         });
-        self.wal.write(vec![op], Some(done)).await?;
+        self.wal.write(ops, Some(done)).await?;
         told.await.map_err(|_| io::Error::other("the log was closed before the write was done"))?
     }
+}
+
+fn by_index(entries: Vec<Entry>) -> impl Iterator<Item = (u64, Entry)> {
+    entries.into_iter().map(|entry| (entry.log_id.index, entry))
 }
 
 impl RaftLogReader<Types> for Log {
@@ -83,7 +87,7 @@ impl RaftLogStorage<Types> for Log {
 
     async fn save_vote(&mut self, vote: &alias::VoteOf<Types>) -> Result<(), io::Error> {
         self.memory()?.vote = Some(*vote);
-        self.write_and_wait(Op::vote(VoteRecord::from(vote))?).await
+        self.write_and_wait(vec![Op::vote(VoteRecord::from(vote))?]).await
     }
 
     /// Not waited for: losing it costs only a later start some work, because the
@@ -99,19 +103,23 @@ impl RaftLogStorage<Types> for Log {
         Ok(self.memory()?.committed)
     }
 
+    /// Who takes part is durable here before anybody else learns of it. Otherwise those who
+    /// vote no more could know of it while their leader has lost it: they may be all that
+    /// is needed of the old voters, would refuse it and not stand themselves.
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> Result<(), io::Error>
     where
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let mut ops = Vec::new();
-        {
-            let mut memory = self.memory()?;
-            for entry in entries {
-                ops.push(Op::entry(&EntryRecord::from(&entry))?);
-                memory.entries.insert(entry.log_id.index, entry);
-            }
+        let entries: Vec<_> = entries.into_iter().collect();
+        let ops = entries.iter().map(|entry| Op::entry(&EntryRecord::from(entry))).collect::<Result<Vec<_>, _>>()?;
+        if entries.iter().any(|entry| matches!(entry.payload, EntryPayload::Membership(_))) {
+            let outcome = self.write_and_wait(ops).await;
+            self.memory()?.entries.extend(by_index(entries));
+            callback.io_completed(outcome);
+            return Ok(());
         }
+        self.memory()?.entries.extend(by_index(entries));
         let done = Box::new(move |outcome| callback.io_completed(outcome));
         self.wal.write(ops, Some(done)).await
     }
@@ -119,7 +127,7 @@ impl RaftLogStorage<Types> for Log {
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let keep = last.map(|id| id.index);
         self.memory()?.entries.split_off(&keep.map_or(0, |keep| keep + 1));
-        self.write_and_wait(Op::truncate_after(keep)?).await
+        self.write_and_wait(vec![Op::truncate_after(keep)?]).await
     }
 
     /// Not waited for: until it is durable, more is kept than needed.

@@ -367,10 +367,11 @@ impl Raft {
 
     /// The log is on the disk up to here.
     pub fn log_flushed(&mut self, length: usize, now: BootTime) -> Out {
+        let before = (self.commit, self.ready());
         self.flushed = self.flushed.max(length.min(self.log.len()));
-        let before = self.commit;
         self.advance();
-        if self.commit > before { self.broadcast(now) } else { Vec::new() }
+        let more = (self.commit, self.ready()) != before && matches!(self.role, Role::Leader(_));
+        if more { self.broadcast(now) } else { Vec::new() }
     }
 
     /// How much of the log is on the disk.
@@ -394,7 +395,7 @@ impl Raft {
             Role::Leader(leading) => leading.next[to],
             _ => 1,
         };
-        let until = self.log.len().min(next - 1 + BATCH);
+        let until = self.ready().max(next - 1).min(next - 1 + BATCH);
         RaftMessage::Append {
             term: self.term,
             prev: (self.term_at(next - 1), next - 1),
@@ -402,6 +403,14 @@ impl Raft {
             commit: self.commit,
             sent,
         }
+    }
+
+    /// So much of the log may be sent: who takes part only once it is on the leader's disk.
+    /// Those who vote no more may be all that is needed of the old voters; if they knew what
+    /// the leader has lost, they would refuse it and not stand themselves.
+    fn ready(&self) -> usize {
+        let unflushed = self.log[self.flushed..].iter();
+        unflushed.take_while(|entry| !matches!(entry.what, What::Members(_))).count() + self.flushed
     }
 
     fn advance(&mut self) {
