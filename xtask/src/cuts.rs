@@ -12,9 +12,9 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Parser;
 use holdfast_api::{AddVolume, PathState, VolumeView};
 use holdfast_lab::cluster::{ApiClient, Cluster, ClusterSpec, VmTemplate};
@@ -138,7 +138,7 @@ pub fn measure(binary: &Path, count: u32, seed: u64) -> Result<Vec<Row>> {
     let vm = scene.cluster.create_vm(&VmTemplate::new("web", 101).memory(192 << 20).disk(LUN, DISK_BYTES))?;
     let boot = vm.wait_answer(PATIENCE)?.boot_id;
     let writer = vm.writer(WRITE_EVERY)?;
-    scene.wrote(&writer, 50)?;
+    writer.wait_more(50, PATIENCE)?;
     let mut dice = Dice::new(seed);
     let mut stalls = BTreeMap::<_, (Cut, Vec<Duration>)>::new();
     for number in 1..=count {
@@ -200,7 +200,7 @@ impl Scene {
             cluster.wait("another owner", PATIENCE, |client| owner_is(client, &other))?;
         }
         let owner = cluster.wait("an owner", PATIENCE, |client| owner_of(&volume(client)?))?;
-        self.wrote(writer, 20)?;
+        writer.wait_more(20, PATIENCE)?;
         writer.recent_gap();
 
         let fabric = cluster.lab().fabric();
@@ -216,13 +216,13 @@ impl Scene {
         }
         std::thread::sleep(cut.hold);
         if !cut.hasty {
-            self.wrote(writer, 20)?;
+            writer.wait_more(20, PATIENCE)?;
         }
         match cut.kind {
             Kind::Error => self.san.mend(&home)?,
             Kind::Silence => fabric.plug(&home, Network::Storage)?,
         }
-        self.wrote(writer, 20)?;
+        writer.wait_more(20, PATIENCE)?;
         let dark: Vec<_> = cluster.hosts().into_iter().filter(|host| !host.is_on()).collect();
         for host in dark {
             host.power_on()?;
@@ -230,18 +230,8 @@ impl Scene {
         }
         cluster.wait_ready(PATIENCE)?;
         self.wait_direct()?;
-        self.wrote(writer, 20)?;
+        writer.wait_more(20, PATIENCE)?;
         Ok(writer.recent_gap())
-    }
-
-    fn wrote(&self, writer: &Writer, count: u64) -> Result<()> {
-        let wanted = writer.highest() + count;
-        let until = Instant::now() + PATIENCE;
-        while writer.highest() < wanted {
-            ensure!(Instant::now() < until, "the guest wrote nothing for {} s", PATIENCE.as_secs());
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        Ok(())
     }
 
     fn wait_direct(&self) -> Result<()> {

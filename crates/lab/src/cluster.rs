@@ -354,6 +354,18 @@ impl Cluster {
         self.lab.shared_directory().join("fence-agents")
     }
 
+    /// Makes an empty LUN that all nodes see, a file in the lab's directory, a volume.
+    ///
+    /// # Errors
+    /// When the file cannot be made, or no node takes it.
+    pub fn add_lun(&self, name: &str, bytes: u64) -> Result<PathBuf> {
+        let device = self.lab.directory().join("lun");
+        fs::File::create(&device).and_then(|file| file.set_len(bytes)).context("making a LUN")?;
+        let lun = Some(device.display().to_string());
+        self.any()?.add_volume(&api::AddVolume { name: name.into(), directory: None, lun, erase: None })?;
+        Ok(device)
+    }
+
     /// Where a file of the volume is, as this process sees it.
     pub fn on_volume(&self, file: impl AsRef<Path>) -> PathBuf {
         self.lab.shared_directory().join(file)

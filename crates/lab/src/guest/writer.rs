@@ -1,12 +1,12 @@
 //! The writer: which records the guest has promised to keep.
 
 use std::net::{SocketAddrV4, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use holdfast_guest::verify::Acknowledged;
 use holdfast_guest::wire::{Kind, Request};
 
@@ -25,16 +25,18 @@ pub struct WriterReport {
     pub longest_gap: Duration,
 }
 
-/// Times without an acknowledgement.
+/// What was acknowledged so far, and the times without an acknowledgement.
 #[derive(Debug, Default)]
-struct Gaps {
+struct Heard {
+    /// The highest sequence (0: none).
+    highest: u64,
     last: Option<Instant>,
     longest: Duration,
     /// Since it was asked last.
     recent: Duration,
 }
 
-impl Gaps {
+impl Heard {
     /// One more, up to now.
     fn end(&mut self, now: Instant) {
         let gap = self.last.map_or(Duration::ZERO, |last| now - last);
@@ -52,10 +54,30 @@ impl WriterReport {
 /// Has a guest write records one after another and remembers those that were acknowledged.
 #[derive(Debug)]
 pub struct Writer {
-    stop: Arc<AtomicBool>,
-    highest: Arc<AtomicU64>,
-    gaps: Arc<Mutex<Gaps>>,
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<WriterReport>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    stop: AtomicBool,
+    heard: Mutex<Heard>,
+    /// An acknowledgement came.
+    more: Condvar,
+}
+
+impl Shared {
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    fn stops(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
 }
 
 impl Writer {
@@ -67,26 +89,38 @@ impl Writer {
     pub fn start(netns: Option<&str>, address: SocketAddrV4, interval: Duration, patience: Duration) -> Result<Self> {
         let socket = udp_socket(netns, address)?;
         socket.set_read_timeout(Some(STOP_CHECK))?;
-        let (stop, highest) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let gaps = Arc::<Mutex<Gaps>>::default();
-        let (stopped, seen, timed) = (Arc::clone(&stop), Arc::clone(&highest), Arc::clone(&gaps));
+        let shared = Arc::<Shared>::default();
+        let theirs = Arc::clone(&shared);
         let thread = thread::Builder::new()
             .name("writer".into())
-            .spawn(move || write_records(&socket, &stopped, &seen, &timed, interval, patience))?;
-        Ok(Self { stop, highest, gaps, thread: Some(thread) })
+            .spawn(move || write_records(&socket, &theirs, interval, patience))?;
+        Ok(Self { shared, thread: Some(thread) })
     }
 
     /// The highest sequence acknowledged so far (0: none).
     pub fn highest(&self) -> u64 {
-        self.highest.load(Ordering::Relaxed)
+        self.shared.heard().highest
+    }
+
+    /// Waits until the sequence is so much higher than now.
+    ///
+    /// # Errors
+    /// When it is not within `patience`.
+    pub fn wait_more(&self, count: u64, patience: Duration) -> Result<()> {
+        let heard = self.shared.heard();
+        let wanted = heard.highest + count;
+        let waited = self.shared.more.wait_timeout_while(heard, patience, |heard| heard.highest < wanted);
+        let (heard, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        ensure!(!waited.timed_out(), "the guest wrote {} of {wanted} records within {patience:?}", heard.highest);
+        Ok(())
     }
 
     /// The longest time without an acknowledgement that ended since this was asked last,
     /// or has not ended yet.
     pub fn recent_gap(&self) -> Duration {
-        let mut gaps = self.gaps.lock().unwrap_or_else(PoisonError::into_inner);
-        gaps.end(Instant::now());
-        std::mem::take(&mut gaps.recent)
+        let mut heard = self.shared.heard();
+        heard.end(Instant::now());
+        std::mem::take(&mut heard.recent)
     }
 
     /// Stops writing.
@@ -94,7 +128,7 @@ impl Writer {
     /// # Errors
     /// When the writing thread broke down.
     pub fn stop(mut self) -> Result<WriterReport> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.shared.stop();
         let thread = self.thread.take().context("the writer was stopped before")?;
         thread.join().map_err(|_| anyhow!("the writer's thread panicked"))
     }
@@ -102,28 +136,21 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.shared.stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
 }
 
-fn write_records(
-    socket: &UdpSocket,
-    stop: &AtomicBool,
-    highest: &AtomicU64,
-    gaps: &Mutex<Gaps>,
-    interval: Duration,
-    patience: Duration,
-) -> WriterReport {
+fn write_records(socket: &UdpSocket, shared: &Shared, interval: Duration, patience: Duration) -> WriterReport {
     let mut report = WriterReport::default();
-    while !stop.load(Ordering::Relaxed) {
+    while !shared.stops() {
         report.sent += 1;
         let request = Request { kind: Kind::Write, sequence: report.sent };
         let sent = socket.send(&request.encode()).is_ok();
         let until = Instant::now() + patience;
-        while Instant::now() < until && !stop.load(Ordering::Relaxed) {
+        while Instant::now() < until && !shared.stops() {
             let Some(reply) = receive(socket).filter(|reply| reply.kind == Kind::Write) else {
                 if !sent {
                     break;
@@ -132,13 +159,14 @@ fn write_records(
             };
             match acknowledged(&reply) {
                 Some(write) => {
-                    let mut gaps = gaps.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut heard = shared.heard();
                     let now = Instant::now();
-                    gaps.end(now);
-                    gaps.last = Some(now);
-                    report.longest_gap = gaps.longest;
+                    heard.end(now);
+                    heard.last = Some(now);
+                    heard.highest = heard.highest.max(write.sequence);
+                    shared.more.notify_all();
+                    report.longest_gap = heard.longest;
                     report.acknowledged.push(write);
-                    highest.fetch_max(write.sequence, Ordering::Relaxed);
                 }
                 None => report.refused += 1,
             }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use holdfast_api::{AddVolume, CreateVm, FileView};
+use holdfast_api::{CreateVm, FileView};
 use holdfast_lab::cluster::{Cluster, VOLUME, VmTemplate};
 use holdfast_lab::guest::GuestClient;
 
@@ -58,10 +58,7 @@ fn half_put(cluster: &Cluster, node: &str, name: &str) -> UnixStream {
 #[test]
 fn files_are_put_and_got_through_any_node_and_are_whole_or_not_there() {
     let (cluster, _turn) = three_nodes();
-    let lun = cluster.lab().directory().join("lun");
-    File::create(&lun).unwrap().set_len(LUN_BYTES).unwrap();
-    let add = AddVolume { name: LUN.into(), directory: None, lun: Some(lun.display().to_string()), erase: None };
-    cluster.any().unwrap().add_volume(&add).unwrap();
+    let lun = cluster.add_lun(LUN, LUN_BYTES).unwrap();
     cluster.wait_ready(DEADLINE).unwrap();
     let directory =
         cluster.any().unwrap().volumes().unwrap().into_iter().find(|volume| volume.name != LUN).unwrap().name;
@@ -147,10 +144,7 @@ fn golden(cluster: &Cluster) -> (std::path::PathBuf, u64) {
 #[test]
 fn vms_are_made_from_images_to_luns_and_from_luns() {
     let (cluster, _turn) = three_nodes();
-    let lun = cluster.lab().directory().join("lun");
-    File::create(&lun).unwrap().set_len(LUN_BYTES).unwrap();
-    let add = AddVolume { name: LUN.into(), directory: None, lun: Some(lun.display().to_string()), erase: None };
-    cluster.any().unwrap().add_volume(&add).unwrap();
+    cluster.add_lun(LUN, LUN_BYTES).unwrap();
     cluster.wait_ready(DEADLINE).unwrap();
     let (image, records) = golden(&cluster);
     let n1 = Shell::on(&cluster, "n1");

@@ -1,10 +1,9 @@
 //! A LUN with more promised than there is: a VM whose write finds no room stands still
 //! and says why, and goes on by itself when another one's disk is gone.
 
-use std::fs::File;
 use std::time::Duration;
 
-use holdfast_api::{AddVolume, VmState};
+use holdfast_api::VmState;
 use holdfast_lab::cluster::VmTemplate;
 
 use crate::bench::{DEADLINE, three_nodes};
@@ -16,11 +15,7 @@ const SLAB_BYTES: u64 = 16 << 20;
 #[test]
 fn a_vm_that_finds_no_room_waits_and_goes_on_when_there_is_some() {
     let (cluster, _turn) = three_nodes();
-    let device = cluster.lab().directory().join("lun");
-    File::create(&device).unwrap().set_len(LUN_BYTES).unwrap();
-    let api = cluster.any().unwrap();
-    let lun = Some(device.display().to_string());
-    api.add_volume(&AddVolume { name: "san".into(), directory: None, lun, erase: None }).unwrap();
+    cluster.add_lun("san", LUN_BYTES).unwrap();
     cluster.wait_ready(DEADLINE).unwrap();
     let began = cluster.last_event().unwrap();
 

@@ -1,10 +1,9 @@
 //! Who owns a volume on a LUN: somebody at once, whom a user names, and somebody else
 //! when its node is lost. Its name can change while its VMs are off.
 
-use std::fs::File;
 use std::time::Duration;
 
-use holdfast_api::{AddVolume, PathState, VolumeView};
+use holdfast_api::{PathState, VolumeView};
 use holdfast_lab::cluster::{Cluster, VmTemplate};
 
 use crate::bench::{DEADLINE, all_but, eventually, refused, three_nodes};
@@ -29,11 +28,7 @@ fn owner(cluster: &Cluster, name: &str, before: &str) -> (String, u64) {
 #[test]
 fn a_volume_has_an_owner_whom_users_choose_and_losses_replace() {
     let (cluster, _turn) = three_nodes();
-    let device = cluster.lab().directory().join("lun");
-    File::create(&device).unwrap().set_len(LUN_BYTES).unwrap();
-    let lun = Some(device.display().to_string());
-    let add = AddVolume { name: LUN.into(), directory: None, lun, erase: None };
-    cluster.any().unwrap().add_volume(&add).unwrap();
+    cluster.add_lun(LUN, LUN_BYTES).unwrap();
     let (first, epoch) = owner(&cluster, LUN, "");
     let direct = || {
         let reach = volume(&cluster, LUN).reach;

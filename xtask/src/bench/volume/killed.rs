@@ -1,14 +1,12 @@
 //! The volume server is killed under a guest that writes a record and flushes, one after
 //! the other.
 
-use std::fs::File;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use holdfast_api::{AddVolume, ProfileName};
+use anyhow::Result;
+use holdfast_api::ProfileName;
 use holdfast_lab::cluster::VmTemplate;
-use holdfast_lab::guest::Writer;
 
 use crate::bench::stage::{PATIENCE, Stage};
 use crate::bench::table::Row;
@@ -32,21 +30,18 @@ const STALL_MS: f64 = 100.0;
 pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
     let stage = Stage::form(binary, ProfileName::Default)?;
     let cluster = &stage.cluster;
-    let device = cluster.lab().directory().join("lun");
-    File::create(&device).and_then(|file| file.set_len(LUN_BYTES)).context("a LUN")?;
-    let lun = Some(device.display().to_string());
-    cluster.any()?.add_volume(&AddVolume { name: LUN.into(), directory: None, lun, erase: None })?;
+    cluster.add_lun(LUN, LUN_BYTES)?;
     stage.settle()?;
     let vm = cluster.create_vm(&VmTemplate::new("bench", 101).memory(192 << 20).disk(LUN, DISK_BYTES))?;
     let home = cluster.node_of(&vm.name)?;
     let writer = vm.writer(WRITE_EVERY)?;
     let mut stalls = Vec::new();
     for run in 1..=runs {
-        wrote(&writer)?;
+        writer.wait_more(RECORDS, PATIENCE)?;
         let before = cluster.volume_server_pid(&home)?;
         writer.recent_gap();
         cluster.kill_volume_server(&home)?;
-        wrote(&writer)?;
+        writer.wait_more(RECORDS, PATIENCE)?;
         let stall = writer.recent_gap();
         eprintln!("volume server killed, run {run}: {} ms", stall.as_millis());
         stalls.push(stall);
@@ -61,14 +56,4 @@ pub fn run(binary: &Path, runs: usize) -> Result<Vec<Row>> {
         Row::millis("volume server killed, one writer: longest stall", &stalls).worst_goal(STALL_MS),
         Row::of("volume server killed: errors that the guest saw", &[report.refused as f64]).worst_goal(0.0),
     ])
-}
-
-fn wrote(writer: &Writer) -> Result<()> {
-    let wanted = writer.highest() + RECORDS;
-    let until = Instant::now() + PATIENCE;
-    while writer.highest() < wanted {
-        ensure!(Instant::now() < until, "the guest wrote nothing for {} s", PATIENCE.as_secs());
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    Ok(())
 }
