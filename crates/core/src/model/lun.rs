@@ -34,6 +34,10 @@ pub struct Mapped {
     pub count: u32,
 }
 
+/// Devices have blocks of so many bytes at most: what is on a LUN is read and written in
+/// multiples of this.
+pub const LUN_BLOCK_BYTES: u64 = 4096;
+
 /// A file on a LUN: a VM's disk, or what a user put there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LunFile {

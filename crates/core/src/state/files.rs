@@ -140,14 +140,11 @@ impl ClusterState {
 
     /// Ends the holds of nodes whose terms are over, and what they were making.
     pub(super) fn end_void_holds(&mut self) {
-        let void = |lun: &Lun| {
-            let over = |(id, hold): (&HoldId, &FileHold)| self.is_void(&hold.tenure).then_some(*id);
-            lun.holds.iter().filter_map(over).collect::<Vec<_>>()
-        };
-        let void: Vec<_> = self.luns.iter().map(|(name, lun)| (name.clone(), void(lun))).collect();
-        for (name, ids) in void {
+        let held = self.luns.iter().flat_map(|(name, lun)| lun.holds.iter().map(move |(id, hold)| (name, id, hold)));
+        let void = held.filter(|(.., hold)| self.is_void(&hold.tenure));
+        for (name, id) in void.map(|(name, id, _)| (name.clone(), *id)).collect::<Vec<_>>() {
             if let Some(lun) = self.luns.get_mut(&name) {
-                ids.into_iter().for_each(|id| lun.end_hold(id));
+                lun.end_hold(id);
             }
         }
     }

@@ -10,9 +10,6 @@ use super::{ClusterState, Refusal, Reply};
 /// A node takes one of so many free slabs at a time at most.
 const SHARE: u32 = 8;
 
-/// Devices have blocks of so many bytes at most.
-const BLOCK_BYTES: u64 = 4096;
-
 impl ClusterState {
     pub(super) fn take_slabs(
         &mut self,
@@ -147,8 +144,8 @@ impl ClusterState {
                     disk.volume
                 ));
             }
-            if !disk.size_bytes.is_multiple_of(BLOCK_BYTES) {
-                return invalid(format!("{} bytes: on a LUN it is a multiple of {BLOCK_BYTES}", disk.size_bytes));
+            if !disk.size_bytes.is_multiple_of(LUN_BLOCK_BYTES) {
+                return invalid(format!("{} bytes: on a LUN it is a multiple of {LUN_BLOCK_BYTES}", disk.size_bytes));
             }
             let whole = lun.slab_bytes * u64::from(lun.slabs);
             if disk.size_bytes > whole {

@@ -16,7 +16,7 @@ use super::files::Held;
 use super::{Agent, Failure};
 pub(super) use directory::Drafts;
 pub use directory::{Found, user};
-use flow::{Outflow, Sink, Source};
+use flow::{Sink, Source};
 
 /// Pieces of a body that are on their way between the network and the storage.
 const ON_THE_WAY: usize = 4;
@@ -58,7 +58,7 @@ impl Agent {
         let state = self.volume_state(volume)?;
         let (held, sink) = if state.luns.contains_key(volume) {
             let held = self.hold(by, volume, Holding::New { bytes }).await?;
-            let sink = Sink::on_lun(open(&held).await?);
+            let sink = Sink::OnLun(open(&held).await?);
             (Some(held), sink)
         } else {
             (None, self.draft_in_directory(&state, volume, &naming).await?)
@@ -115,7 +115,7 @@ impl Agent {
             Source::File(self.open_in_directory(&state, volume, name).await?)
         };
         let bytes = source.bytes().map_err(|error| failed(volume, &error))?;
-        Ok((bytes, Outflow::start(source, bytes)))
+        Ok((bytes, flow::pour(source, bytes)))
     }
 
     /// Removes a file from a volume.
@@ -146,7 +146,7 @@ impl Agent {
 
 /// The file that is held, by its connection to the volume server; none if it has no length.
 async fn open(held: &Held) -> Result<Option<Device>, Failure> {
-    if held.bytes == 0 {
+    if held.file.bytes == 0 {
         return Ok(None);
     }
     let address = holdfast_qemu::nbd_address(held.socket());

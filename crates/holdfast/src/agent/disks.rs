@@ -136,7 +136,7 @@ impl Agent {
             Some((volume, file)) => {
                 let what = Holding::File { name: file.to_owned(), kind: HoldKind::Reads };
                 let held = self.hold(&member.by(), volume, what).await?;
-                match held.bytes {
+                match held.file.bytes {
                     0 => Err(Failure::other("bad_image", format!("{image} is empty"))),
                     _ => Ok(Some(held)),
                 }

@@ -17,8 +17,6 @@ use crate::volume::protocol::Disk;
 
 /// A file that could not be let go of is tried again after this.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Sizes of disks that are served are multiples of this.
-const BLOCK_BYTES: u64 = 4096;
 
 /// What this node has open.
 #[derive(Default)]
@@ -37,10 +35,8 @@ pub(super) struct Held {
     agent: Agent,
     member: &'static Member,
     id: HoldId,
-    /// How long it is, in bytes.
-    pub bytes: u64,
-    /// Where its parts were when it was taken.
-    pub parts: Vec<Mapped>,
+    /// The file as it was when it was taken.
+    pub file: LunFile,
     /// How long a part is, in bytes.
     pub part_bytes: u64,
     socket: PathBuf,
@@ -81,17 +77,19 @@ impl Agent {
         locked(&member.holds.open).insert(id);
         // From here on it is let go of, whatever comes.
         let (agent, socket) = (self.clone(), self.held_socket(id));
-        let mut held = Held { agent, member, id, bytes: 0, parts: Vec::new(), part_bytes: 1, socket };
+        let file = LunFile::new(id.as_vm(), 0);
+        let mut held = Held { agent, member, id, file, part_bytes: 1, socket };
         let volume = volume.to_owned();
         self.execute(by, Command::HoldFile { id, volume, node: member.me, term, what }).await?;
         let state = member.consensus.state().borrow().clone();
         let unserved = |error: anyhow::Error| Failure::other("volume_unreachable", format!("{error:#}"));
         let disk = self.held_disk(member, &state, id).map_err(unserved)?;
-        if let Some((_, lun, hold)) = state.hold(id) {
-            held.bytes = lun.files.get(&hold.file).map_or(0, |file| file.bytes);
-            (held.part_bytes, held.parts) = (lun.slab_bytes, disk.parts.clone());
+        if let Some((_, lun, hold)) = state.hold(id)
+            && let Some(file) = lun.files.get(&hold.file)
+        {
+            (held.part_bytes, held.file) = (lun.slab_bytes, file.clone());
         }
-        if held.bytes > 0 {
+        if held.file.bytes > 0 {
             if let Some(dir) = held.socket.parent() {
                 let made = std::fs::create_dir_all(dir).context("cannot make the directory for sockets of files");
                 made.map_err(unserved)?;
@@ -119,7 +117,7 @@ impl Agent {
             volume: volume.clone(),
             volume_id: known.id,
             device: member.serving.device(known.id).unwrap_or_else(|| device.into()),
-            bytes: file.bytes.next_multiple_of(BLOCK_BYTES),
+            bytes: file.bytes.next_multiple_of(LUN_BLOCK_BYTES),
             parts: file.parts.clone(),
             may_write: hold.kind == HoldKind::Writes,
         })

@@ -19,8 +19,6 @@ use crate::identity::hex;
 const INSPECT_WITHIN: Duration = Duration::from_secs(20);
 /// Sizes of disks are multiples of this, in bytes.
 const BLOCK_BYTES: u64 = 512;
-/// On a LUN, of this.
-const LUN_BLOCK_BYTES: u64 = 4096;
 /// The largest kernel or initial ramdisk, in bytes.
 const LARGEST_BOOT_FILE: u64 = 2 << 30;
 

@@ -41,22 +41,32 @@ pub struct Found {
     pub allocated: u64,
 }
 
-impl Sink {
-    /// The draft is not going to be kept.
-    fn path(&self) -> Option<&Path> {
-        match self {
-            Sink::File(_, path) => Some(path),
-            Sink::OnLun(_) => None,
+/// A file that is being put, under the name that it has for now, until this is dropped.
+pub struct Draft {
+    pub(super) file: File,
+    path: PathBuf,
+    all: &'static Drafts,
+}
+
+impl Draft {
+    fn create(path: PathBuf, all: &'static Drafts) -> io::Result<Draft> {
+        // Known before it is there: whoever puts beside it takes others for dead.
+        all.locked().insert(path.clone());
+        match OpenOptions::new().write(true).create_new(true).mode(0o640).open(&path) {
+            Ok(file) => Ok(Draft { file, path, all }),
+            Err(error) => {
+                all.locked().remove(&path);
+                Err(error)
+            }
         }
     }
 }
 
-impl Drop for Sink {
+impl Drop for Draft {
     fn drop(&mut self) {
-        if let Some(path) = self.path() {
-            // One that was kept is not there under this name any more.
-            let _ = std::fs::remove_file(path);
-        }
+        // One that was kept may not be there under this name any more.
+        let _ = std::fs::remove_file(&self.path);
+        self.all.locked().remove(&self.path);
     }
 }
 
@@ -109,26 +119,23 @@ impl Agent {
                 }
             }
             let draft = dir.join(format!("{prefix}{}", Uuid::new_v4()));
-            member.drafts.locked().insert(draft.clone());
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&draft);
-            Ok(Sink::File(file?, draft))
+            Ok(Sink::File(Draft::create(draft, &member.drafts)?))
         })
         .await
     }
 
     /// Gives a file that is whole its name.
     pub(super) async fn keep_in_directory(&self, volume: &str, sink: Sink, naming: Naming) -> Result<(), Failure> {
-        let member = self.member()?;
         let root = self.root(&self.state(), volume)?;
         blocking(volume, move || {
-            let Some(draft) = sink.path() else { return Ok(()) };
+            let Sink::File(draft) = sink else { return Ok(()) };
             let target = root.join(&naming.name);
             match naming.replaces {
-                true => std::fs::rename(draft, &target)?,
+                true => std::fs::rename(&draft.path, &target)?,
                 // Unlike a rename, a link replaces nothing.
-                false => std::fs::hard_link(draft, &target)?,
+                false => std::fs::hard_link(&draft.path, &target)?,
             }
-            member.drafts.locked().remove(draft);
+            drop(draft);
             File::open(target.parent().unwrap_or(&root))?.sync_all()
         })
         .await

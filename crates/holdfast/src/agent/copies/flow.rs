@@ -4,36 +4,32 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
 
 use bytes::Bytes;
 use futures_util::Stream;
-use holdfast_core::LunFile;
+use holdfast_core::LUN_BLOCK_BYTES;
 use holdfast_volume::Lun as Device;
 use holdfast_volume::lun::Device as _;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use super::super::files::Held;
+use super::directory::Draft;
 use super::{Broken, ON_THE_WAY};
 
 /// What is read and written at a time, in bytes.
 const PIECE_BYTES: usize = 1 << 20;
-/// Whole blocks are written to a LUN, in bytes.
-const BLOCK_BYTES: usize = 4096;
+/// Whole blocks are written to a LUN and read from it, in bytes.
+const BLOCK_BYTES: usize = LUN_BLOCK_BYTES as usize;
 
 /// Where a file that is put goes. All of it reads as zero before.
 pub enum Sink {
     /// A file on a LUN; none if it has no length.
     OnLun(Option<Device>),
-    /// A file in a directory, under the name that it has for now.
-    File(File, PathBuf),
+    /// A file in a directory.
+    File(Draft),
 }
 
 impl Sink {
-    pub fn on_lun(device: Option<Device>) -> Sink {
-        Sink::OnLun(device)
-    }
-
     fn write(&self, at: u64, piece: &mut Vec<u8>) -> io::Result<()> {
         match self {
             Sink::OnLun(None) => Err(io::ErrorKind::FileTooLarge.into()),
@@ -41,7 +37,7 @@ impl Sink {
                 piece.resize(piece.len().next_multiple_of(BLOCK_BYTES), 0);
                 device.write(at, piece)
             }
-            Sink::File(file, _) => file.write_all_at(piece, at),
+            Sink::File(draft) => draft.file.write_all_at(piece, at),
         }
     }
 
@@ -49,9 +45,9 @@ impl Sink {
         match self {
             Sink::OnLun(None) => Ok(()),
             Sink::OnLun(Some(device)) => device.flush(),
-            Sink::File(file, _) => {
-                file.set_len(bytes)?;
-                file.sync_all()
+            Sink::File(draft) => {
+                draft.file.set_len(bytes)?;
+                draft.file.sync_all()
             }
         }
     }
@@ -98,7 +94,7 @@ pub enum Source {
 impl Source {
     pub fn bytes(&self) -> io::Result<u64> {
         match self {
-            Source::OnLun(held, _) => Ok(held.bytes),
+            Source::OnLun(held, _) => Ok(held.file.bytes),
             Source::File(file) => Ok(file.metadata()?.len()),
         }
     }
@@ -112,11 +108,9 @@ impl Source {
             }
             Source::OnLun(held, device) => {
                 let mut piece = vec![0; length.next_multiple_of(BLOCK_BYTES)];
-                let mut file = LunFile::new(holdfast_core::VmId::default(), held.bytes);
-                file.parts.clone_from(&held.parts);
                 // A piece is never in two parts: slabs are longer, and both powers of two.
                 let part = u32::try_from(at / held.part_bytes).unwrap_or(u32::MAX);
-                if let Some(device) = device.as_ref().filter(|_| file.slab(part).is_some()) {
+                if let Some(device) = device.as_ref().filter(|_| held.file.slab(part).is_some()) {
                     device.read(at, &mut piece)?;
                 }
                 piece.truncate(length);
@@ -126,19 +120,15 @@ impl Source {
     }
 }
 
-/// The bytes of a file, in order.
-pub struct Outflow;
-
-impl Outflow {
-    /// Begins to read. Whoever reads too slowly, or not at all, holds nothing up but this.
-    pub fn start(source: Source, bytes: u64) -> impl Stream<Item = Result<Bytes, Broken>> + use<> {
-        let (send, receive) = channel(ON_THE_WAY);
-        tokio::task::spawn_blocking(move || pour(&source, bytes, &send));
-        futures_util::stream::unfold(receive, async |mut receive| Some((receive.recv().await?, receive)))
-    }
+/// The bytes of a file, in order. Whoever reads too slowly, or not at all, holds nothing up
+/// but this.
+pub fn pour(source: Source, bytes: u64) -> impl Stream<Item = Result<Bytes, Broken>> + use<> {
+    let (send, receive) = channel(ON_THE_WAY);
+    tokio::task::spawn_blocking(move || read_all(&source, bytes, &send));
+    futures_util::stream::unfold(receive, async |mut receive| Some((receive.recv().await?, receive)))
 }
 
-fn pour(source: &Source, bytes: u64, send: &Sender<Result<Bytes, Broken>>) {
+fn read_all(source: &Source, bytes: u64, send: &Sender<Result<Bytes, Broken>>) {
     let mut at = 0;
     while at < bytes {
         let length = (bytes - at).min(PIECE_BYTES as u64);
