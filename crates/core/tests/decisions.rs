@@ -495,6 +495,19 @@ fn a_drained_node_is_left_by_one_vm_after_the_other_and_takes_none() {
 }
 
 #[test]
+fn a_move_from_a_drained_node_is_not_begun_again_at_once_when_clocks_differ() {
+    let mut lab = Lab::new(2);
+    let node = lab.running_web(Priority::High);
+    lab.ask(Command::DrainNode { node: NodeId(node), drained: true });
+    // Whoever decides has a clock that is an hour behind that of whoever took the wish.
+    lab.now_ms -= 3_600_000;
+    assert_eq!(lab.plan(), [Action::MoveAway { vm: WEB, to: NodeId(3 - node) }]);
+    lab.say(node, WEB, Run::Kept { why: "cancelled".into() });
+    assert_eq!(lab.plan(), [Action::AbortMove { vm: WEB }]);
+    assert_eq!(lab.plan(), []);
+}
+
+#[test]
 fn what_cannot_leave_a_drained_node_says_why_and_starts_there_again() {
     let mut lab = Lab::new(2);
     let node = lab.running_web(Priority::High);

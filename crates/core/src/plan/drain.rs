@@ -14,7 +14,9 @@ const AGAIN_MS: u64 = 10_000;
 impl Planner<'_> {
     /// A VM that runs on a drained node moves to another, if there is room.
     pub(super) fn leave_drained(&mut self, vm: &Vm, tenure: Tenure) {
-        let Some(since_ms) = self.state.nodes.get(&tenure.node).and_then(|node| node.drained_ms) else { return };
+        if !self.is_drained(tenure.node) {
+            return;
+        }
         let runs = matches!(vm.seen, Seen::Running | Seen::Paused) && vm.desired.wants_qemu();
         let leaves =
             |other: &&Vm| matches!(other.placement, Placement::Moving { from, .. } if from.node == tenure.node);
@@ -22,7 +24,7 @@ impl Planner<'_> {
             return;
         }
         let this = Cause::Drained { node: tenure.node };
-        let tried = vm.causes.iter().rev().find(|because| because.cause == this && because.at_ms >= since_ms);
+        let tried = vm.causes.iter().rev().find(|because| because.cause == this);
         if tried.is_some_and(|tried| self.now_ms.abs_diff(tried.at_ms) < AGAIN_MS) {
             return;
         }

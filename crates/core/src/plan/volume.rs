@@ -104,7 +104,7 @@ impl Planner<'_> {
         Some((best, Cause::FewestVolumes { node: best, owned: owned(best) }))
     }
 
-    fn is_drained(&self, id: NodeId) -> bool {
+    pub(super) fn is_drained(&self, id: NodeId) -> bool {
         self.state.nodes.get(&id).is_some_and(|node| node.drained_ms.is_some())
     }
 
