@@ -34,8 +34,8 @@ pub use size::{BadSize, Size};
 pub use stream::{Change, ChangeKind};
 pub use token::{AddToken, MadeToken, TokenView};
 pub use vm::{
-    Cause, CreateVm, DesiredState, DiskDefinition, DiskFormat, DiskView, Explanation, KernelBoot, MigrateVm,
-    NicDefinition, Priority, StopVm, VmDefinition, VmState, VmView,
+    Allocation, Cause, CreateVm, DesiredState, DiskDefinition, DiskFormat, DiskView, Explanation, KernelBoot,
+    MigrateVm, NicDefinition, Priority, StopVm, VmDefinition, VmState, VmView,
 };
 pub use volume::{
     AddVolume, OwnerView, PathState, Reach, RenameVolume, SetOwner, SetRedirect, SetRedirectPatience, VolumeKind,

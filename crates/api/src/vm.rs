@@ -85,6 +85,9 @@ pub struct DiskDefinition {
     /// How its file is laid out.
     #[serde(default)]
     pub format: DiskFormat,
+    /// When it takes its room.
+    #[serde(default, skip_serializing_if = "Allocation::is_thin")]
+    pub allocate: Allocation,
     /// An image to fill it from when it is created: an absolute path on the asked
     /// node, or `VOLUME:PATH`. Never shown again: what is on the disk then is the
     /// guest's.
@@ -105,6 +108,23 @@ pub enum DiskFormat {
     /// QEMU's copy-on-write format.
     #[default]
     Qcow2,
+}
+
+/// When a disk takes room on its volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Allocation {
+    /// When its guest writes; what its guest discards is given back.
+    #[default]
+    Thin,
+    /// All of it when it is made, for good: its guest cannot discard.
+    Full,
+}
+
+impl Allocation {
+    fn is_thin(&self) -> bool {
+        *self == Allocation::Thin
+    }
 }
 
 /// One network adapter.
@@ -237,6 +257,8 @@ pub struct DiskView {
     pub size_bytes: u64,
     /// How its file is laid out.
     pub format: DiskFormat,
+    /// When it takes its room.
+    pub allocate: Allocation,
 }
 
 /// Shuts a VM down.
@@ -308,11 +330,14 @@ mod tests {
     }
 
     fn disks() -> impl Strategy<Value = DiskDefinition> {
-        (texts(), any::<Option<u64>>(), any::<bool>(), proptest::option::of(texts())).prop_map(
-            |(volume, size, raw, image)| DiskDefinition {
+        let formats = prop_oneof![Just(DiskFormat::Raw), Just(DiskFormat::Qcow2)];
+        let allocations = prop_oneof![Just(Allocation::Thin), Just(Allocation::Full)];
+        (texts(), any::<Option<u64>>(), formats, allocations, proptest::option::of(texts())).prop_map(
+            |(volume, size, format, allocate, image)| DiskDefinition {
                 volume,
                 size: size.map(Size),
-                format: if raw { DiskFormat::Raw } else { DiskFormat::Qcow2 },
+                format,
+                allocate,
                 image,
                 file: None,
             },

@@ -197,6 +197,7 @@ fn an_imported_volume_is_used_when_all_of_it_is_known() {
         file: "vms/a/disk0.raw".into(),
         size_bytes: bytes,
         format: DiskFormat::Raw,
+        allocation: Allocation::Thin,
     };
     let create = |lab: &mut Lab, number: u128, bytes: u64| {
         let spec = VmSpec { disks: vec![disk(bytes)], ..spec(512, Priority::High) };

@@ -508,3 +508,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_fully_allocated_disk_is_refused_when_it_does_not_fit() {
+    let mut lab = san();
+    let lun = &lab.state.luns["san"];
+    let (slab, free) = (lun.slab_bytes, u64::from(lun.free_slabs()));
+    let vm = |slabs: &[u64]| {
+        let disk = |(index, slabs): (usize, &u64)| DiskSpec {
+            file: format!("disk{index}"),
+            size_bytes: slabs * slab,
+            allocation: Allocation::Full,
+            ..on_san(512).disks.remove(0)
+        };
+        VmSpec { disks: slabs.iter().enumerate().map(disk).collect(), ..on_san(512) }
+    };
+    let mut create = |number: u128, spec: VmSpec| {
+        let (id, name) = (vm_id(number), format!("vm{number}"));
+        lab.ask(Command::CreateVm { id, name, spec, node: NodeId(1), sources: Sources::default() })
+    };
+    let Reply::Refused(why) = create(1, vm(&[free, 1])) else { panic!("it has no room") };
+    assert!(why.to_string().contains("disk 1: fully allocated"), "{why}");
+    assert!(matches!(create(2, vm(&[free - 1, 1])), Reply::Job(_)));
+}

@@ -304,12 +304,10 @@ impl Launch<'_> {
                     "node-name": id,
                     "file": format!("{id}-file"),
                     "cache": {"direct": true, "no-flush": false},
-                    "discard": "unmap",
+                    "discard": if disk.takes_discards() { "unmap" } else { "ignore" },
                 }),
             );
-            argv.json(
-                "-device",
-                json!({
+            let mut device = json!({
                     "driver": "virtio-blk-pci",
                     "id": id,
                     "drive": id,
@@ -321,8 +319,11 @@ impl Launch<'_> {
                     // that stands still can go on when the disk is back.
                     "werror": "stop",
                     "rerror": "stop",
-                }),
-            );
+            });
+            if !disk.takes_discards() {
+                device["discard"] = false.into();
+            }
+            argv.json("-device", device);
         }
         Ok(())
     }

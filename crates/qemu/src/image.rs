@@ -7,12 +7,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use holdfast_core::DiskFormat;
+use holdfast_core::{Allocation, DiskFormat, DiskSpec};
 use serde::Deserialize;
 use serde_json::Value;
 use tempfile::NamedTempFile;
@@ -84,6 +85,38 @@ pub fn nbd_address(socket: &Path) -> String {
     address
 }
 
+/// How a new disk is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Its format.
+    pub format: DiskFormat,
+    /// When it takes its room.
+    pub allocation: Allocation,
+}
+
+impl From<DiskFormat> for Layout {
+    fn from(format: DiskFormat) -> Self {
+        Layout { format, allocation: Allocation::Thin }
+    }
+}
+
+impl From<&DiskSpec> for Layout {
+    fn from(disk: &DiskSpec) -> Self {
+        Layout { format: disk.format, allocation: disk.allocation }
+    }
+}
+
+impl Layout {
+    /// What qemu-img is told of it.
+    fn options(self) -> Option<&'static str> {
+        match (self.format, self.allocation) {
+            // Every cluster has its place in the file; the room for them is taken after that.
+            (DiskFormat::Qcow2, Allocation::Full) => Some("preallocation=metadata"),
+            (DiskFormat::Raw, _) | (DiskFormat::Qcow2, Allocation::Thin) => None,
+        }
+    }
+}
+
 /// What an image file says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -117,31 +150,44 @@ impl QemuImg {
     ///
     /// # Errors
     /// [`QemuError::Exists`] when `path` does, [`QemuError::TooSlow`] after
-    /// `deadline`, [`QemuError::Image`] when qemu-img says no.
+    /// `deadline`, [`QemuError::Image`] when qemu-img says no, [`QemuError::Io`] when
+    /// there is no room for a disk that takes all of it.
     pub async fn create(
         &self,
         path: &Path,
-        format: DiskFormat,
+        layout: impl Into<Layout>,
         size_bytes: u64,
         deadline: Duration,
     ) -> Result<(), QemuError> {
-        let doing = format!("create {}", path.display());
         let partial = Partial::beside(path)?;
-        let size = size_bytes.to_string();
-        let arguments: [&OsStr; 6] = [
-            "create".as_ref(),
-            "-q".as_ref(),
-            "-f".as_ref(),
-            format.as_str().as_ref(),
-            partial.path().as_ref(),
-            size.as_ref(),
-        ];
-        self.run(&arguments, path, &doing, deadline).await?;
+        self.lay_out(&partial, layout.into(), size_bytes, deadline).await?;
         partial.keep().await
     }
 
-    /// Copies the image `source`, of whatever format, to a new disk at `path`,
-    /// and makes it `size_bytes` large if it is smaller. `on` is told the
+    async fn lay_out(
+        &self,
+        partial: &Partial,
+        layout: Layout,
+        size_bytes: u64,
+        deadline: Duration,
+    ) -> Result<(), QemuError> {
+        let doing = format!("create {}", partial.path.display());
+        let size = size_bytes.to_string();
+        let mut arguments: Vec<&OsStr> =
+            vec!["create".as_ref(), "-q".as_ref(), "-f".as_ref(), layout.format.as_str().as_ref()];
+        if let Some(options) = layout.options() {
+            arguments.extend(["-o".as_ref(), OsStr::new(options)]);
+        }
+        arguments.extend([partial.path().as_os_str(), size.as_ref()]);
+        self.run(&arguments, &partial.path, &doing, deadline).await?;
+        match layout.allocation {
+            Allocation::Thin => Ok(()),
+            Allocation::Full => partial.take_room().await,
+        }
+    }
+
+    /// Copies the image `source`, of whatever format, to a new disk at `path`, which
+    /// is `size_bytes` large if the image is smaller. `on` is told the
     /// progress, 0 to 1.
     ///
     /// # Errors
@@ -150,20 +196,21 @@ impl QemuImg {
         &self,
         source: impl Into<ImageAt<'_>>,
         path: &Path,
-        format: DiskFormat,
+        layout: impl Into<Layout>,
         size_bytes: Option<u64>,
         deadline: Duration,
         on: impl FnMut(f64) + Send,
     ) -> Result<(), QemuError> {
-        let source = source.into();
+        let (source, layout) = (source.into(), layout.into());
         let image = self.inspect(source, deadline).await?;
         self.check(source, &image.format, deadline).await?;
         let partial = Partial::beside(path)?;
-        let to = ["-O".as_ref(), format.as_str().as_ref(), partial.path().as_os_str()];
-        self.copy(source, &image.format, to, &[], deadline, on).await?;
-        if let Some(size_bytes) = size_bytes.filter(|size| *size > image.virtual_bytes) {
-            self.resize(partial.path(), format, size_bytes, deadline).await?;
-        }
+        // Not every format can be made larger, so it has its size before it is filled.
+        let bytes = size_bytes.unwrap_or_default().max(image.virtual_bytes);
+        self.lay_out(&partial, layout, bytes, deadline).await?;
+        let to = ["-O".as_ref(), layout.format.as_str().as_ref(), partial.path().as_os_str()];
+        let how = ["-n", "--target-is-zero"].map(OsStr::new);
+        self.copy(source, &image.format, to, &how, deadline, on).await?;
         partial.keep().await
     }
 
@@ -412,6 +459,19 @@ impl Partial {
 
     fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// Takes room on the file system for everything that it may hold. Where that has to
+    /// be written, it takes long.
+    async fn take_room(&self) -> Result<(), QemuError> {
+        let doing = format!("cannot take room for all of {}", self.path.display());
+        let path = self.path().to_owned();
+        let take = move || {
+            let file = File::options().read(true).write(true).open(path)?;
+            let bytes = i64::try_from(file.metadata()?.len()).map_err(std::io::Error::other)?;
+            Ok(nix::fcntl::posix_fallocate(file.as_fd(), 0, bytes)?)
+        };
+        blocking(&doing, take).await
     }
 
     /// Flushes it and gives it its name.

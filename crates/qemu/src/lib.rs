@@ -31,7 +31,7 @@ pub use console::trim_log;
 pub use convergence::{Convergence, MigrationSettings};
 pub use error::QemuError;
 pub use exit::{Exit, ExitReason};
-pub use image::{Image, ImageAt, QemuImg, nbd_address};
+pub use image::{Image, ImageAt, Layout, QemuImg, nbd_address};
 pub use migration::{Begun, Cancelled, Outcome, Step, cancel, prepare_incoming, progress, start, watch};
 pub use qmp::{
     BlockStats, Event, Identity, MigrationProgress, MigrationStatus, Qmp, RamProgress, RunState, Stamp, Status,

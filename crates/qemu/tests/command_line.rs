@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::{disk, launch, nic, spec};
-use holdfast_core::{Accelerator, DirectBoot, DiskFormat};
+use holdfast_core::{Accelerator, Allocation, DirectBoot, DiskFormat};
 use holdfast_qemu::{DiskAt, Kernel, Launch, QemuError};
 
 /// One option and its value a line.
@@ -52,6 +52,21 @@ fn from_its_disks() {
     launch.disks = vec![file("/vol/a \"b\",c.qcow2"), file("/vol/data.raw")];
     launch.taps = vec!["hf1".into(), "hf2".into()];
     insta::assert_snapshot!(lines(&launch));
+}
+
+#[test]
+fn a_fully_allocated_disk_does_not_offer_to_discard() {
+    let mut spec = spec();
+    spec.disks = vec![disk(DiskFormat::Raw); 2];
+    spec.disks[1].allocation = Allocation::Full;
+    let mut launch = launch(Path::new("/usr/bin/qemu"), &spec, Path::new("/run/vm1"));
+    launch.disks = vec![file("/vol/thin.raw"), file("/vol/full.raw")];
+    let all = lines(&launch);
+    let line = |what: &str| all.lines().find(|line| line.contains(what)).unwrap_or_else(|| panic!("{what}: {all}"));
+    assert!(line(r#""node-name":"disk0"}"#).contains(r#""discard":"unmap""#));
+    assert!(line(r#""node-name":"disk1"}"#).contains(r#""discard":"ignore""#));
+    assert!(!line(r#""drive":"disk0""#).contains("discard"));
+    assert!(line(r#""drive":"disk1""#).contains(r#""discard":false"#));
 }
 
 #[test]

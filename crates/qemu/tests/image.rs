@@ -8,8 +8,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::{Guest, SOON, disk, qemu_img, spec};
-use holdfast_core::DiskFormat;
-use holdfast_qemu::{DiskAt, QemuError, QemuImg};
+use holdfast_core::{Allocation, DiskFormat};
+use holdfast_qemu::{DiskAt, Layout, QemuError, QemuImg};
 use tempfile::TempDir;
 
 fn tool() -> QemuImg {
@@ -81,6 +81,38 @@ async fn copied_with_progress_into_a_larger_disk() {
 
     let again = tool().convert(&source, &raw, DiskFormat::Raw, None, SOON, |_| {}).await;
     assert!(matches!(again, Err(QemuError::Exists { .. })));
+}
+
+#[tokio::test]
+async fn fully_allocated_disks_have_their_room_from_the_start() {
+    use std::os::unix::fs::MetadataExt as _;
+    let directory = TempDir::with_prefix("hfq-").expect("a directory");
+    let source = directory.path().join("source");
+    std::fs::write(&source, [7; 1 << 20]).expect("a source");
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let layout = Layout { format, allocation: Allocation::Full };
+        for (name, image) in [("empty", None), ("copied", Some(&source))] {
+            let path = directory.path().join(format!("{name}.{}", format.as_str()));
+            match image {
+                None => tool().create(&path, layout, 8 << 20, SOON).await.expect("made"),
+                Some(image) => {
+                    tool().convert(image, &path, layout, Some(8 << 20), SOON, |_| {}).await.expect("copied");
+                    let back = directory.path().join(format!("{}.back", format.as_str()));
+                    tool().convert(&path, &back, DiskFormat::Raw, None, SOON, |_| {}).await.expect("copied back");
+                    let back = std::fs::read(back).expect("a disk");
+                    assert_eq!(back.len(), 8 << 20);
+                    assert!(back[..1 << 20].iter().all(|byte| *byte == 7));
+                    assert!(back[1 << 20..].iter().all(|byte| *byte == 0));
+                }
+            }
+            let taken = std::fs::metadata(&path).expect("a disk").blocks() * 512;
+            assert!(taken >= 8 << 20, "{}: {taken}", path.display());
+        }
+    }
+    let full = Layout { format: DiskFormat::Raw, allocation: Allocation::Full };
+    let refused = tool().create(&directory.path().join("huge"), full, 1 << 43, SOON).await.expect_err("no room");
+    assert!(refused.to_string().contains("cannot take room for all of"), "{refused}");
+    assert!(names(directory.path()).iter().all(|name| !name.contains("huge")));
 }
 
 #[tokio::test]

@@ -107,6 +107,20 @@ pub struct DiskSpec {
     pub size_bytes: u64,
     /// How the file is laid out.
     pub format: DiskFormat,
+    /// When it takes its room.
+    #[serde(default, skip_serializing_if = "Allocation::is_thin")]
+    pub allocation: Allocation,
+}
+
+/// When a disk takes room on its volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Allocation {
+    /// When its guest writes; what its guest discards is given back.
+    #[default]
+    Thin,
+    /// All of it when it is made, for good: its guest is not offered to discard.
+    Full,
 }
 
 /// How a disk's file is laid out.
@@ -349,6 +363,21 @@ impl Desired {
     /// Whether a QEMU should exist for the VM.
     pub fn wants_qemu(self) -> bool {
         matches!(self, Desired::Running | Desired::Paused)
+    }
+}
+
+impl DiskSpec {
+    /// Whether what the guest discards is room for others again. QEMU's drivers for VHDX
+    /// and VHD cannot give any back.
+    pub fn takes_discards(&self) -> bool {
+        self.allocation.is_thin() && matches!(self.format, DiskFormat::Raw | DiskFormat::Qcow2)
+    }
+}
+
+impl Allocation {
+    /// Whether it is the default.
+    pub fn is_thin(&self) -> bool {
+        *self == Allocation::Thin
     }
 }
 

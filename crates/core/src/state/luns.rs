@@ -1,6 +1,8 @@
 //! Which slab of a LUN is whose. A former host of a VM maps nothing: it has no right
 //! to the VM any more, and what it had taken is free.
 
+use std::collections::BTreeMap;
+
 use crate::model::*;
 
 use super::commands::Executed;
@@ -134,6 +136,7 @@ impl ClusterState {
                 boot.volume
             )));
         }
+        let mut taken_whole = BTreeMap::<&str, u32>::new();
         for (index, disk) in spec.disks.iter().enumerate() {
             let Some(lun) = self.luns.get(&disk.volume) else { continue };
             lun.at_rest(&disk.volume)?;
@@ -150,6 +153,21 @@ impl ClusterState {
             let whole = lun.slab_bytes * u64::from(lun.slabs);
             if disk.size_bytes > whole {
                 return invalid(format!("{} bytes, and volume {:?} has {whole}", disk.size_bytes, disk.volume));
+            }
+            if disk.allocation == Allocation::Full {
+                // What nodes keep ahead is given to disks, and what was freed is free in a moment.
+                let room = lun.free_slabs() + lun.freed_slabs() + lun.taken_slabs();
+                let taken = taken_whole.entry(&disk.volume).or_default();
+                *taken = taken.saturating_add(lun.parts(disk.size_bytes));
+                if *taken > room {
+                    let (needs, has) = (u64::from(*taken) * lun.slab_bytes, u64::from(room) * lun.slab_bytes);
+                    return invalid(format!(
+                        "fully allocated, it makes {} MiB that are needed on volume {:?}, where {} MiB are free",
+                        needs >> 20,
+                        disk.volume,
+                        has >> 20
+                    ));
+                }
             }
             valid_file_name(&disk.file)?;
             if let Some(known) = lun.in_the_way(&disk.file).filter(|known| **known != disk.file) {

@@ -49,6 +49,7 @@ pub fn spec(memory_mib: u64, priority: Priority) -> VmSpec {
             file: "disk0.qcow2".into(),
             size_bytes: 1 << 30,
             format: DiskFormat::Qcow2,
+            allocation: Allocation::Thin,
         }],
         nics: Vec::new(),
         priority,

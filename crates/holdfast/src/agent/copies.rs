@@ -145,7 +145,7 @@ impl Agent {
 }
 
 /// The file that is held, by its connection to the volume server; none if it has no length.
-async fn open(held: &Held) -> Result<Option<Device>, Failure> {
+pub(super) async fn open(held: &Held) -> Result<Option<Device>, Failure> {
     if held.file.bytes == 0 {
         return Ok(None);
     }

@@ -4,14 +4,16 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use holdfast_core::*;
 use holdfast_qemu::{Image, ImageAt, QemuError, QemuImg};
+use holdfast_volume::lun::Device as _;
 use tokio::task::JoinHandle;
 
 use super::files::Held;
-use super::{Agent, Failure, Member};
+use super::{Agent, Failure, Member, copies};
 
 /// How long `qemu-img` may take to look at an image.
 const INSPECT_WITHIN: Duration = Duration::from_secs(20);
@@ -99,17 +101,28 @@ impl Agent {
         for (index, disk) in vm.spec.disks.iter().enumerate() {
             let on_lun = self.is_on_lun(disk);
             let path = self.volume_path(&disk.volume, &disk.file);
-            let Some(image) = sources.images.get(index).and_then(Option::as_ref) else {
-                // Of a disk on a LUN nothing is there yet, so it reads as zero.
+            let image = sources.images.get(index).and_then(Option::as_ref);
+            let told = |failure: Failure| failure.to_string();
+            let part = |share: f64, note: &str| progress(((index as f64 + share) * 100.0 / count as f64) as u8, note);
+            if on_lun && disk.allocation == Allocation::Full {
+                let what = Holding::File { name: disk.file.clone(), kind: HoldKind::Writes };
+                let target = self.hold(&member.by(), &disk.volume, what).await.map_err(told)?;
+                let share = if image.is_some() { 0.5 } else { 1.0 };
+                let taken = take_slabs(&target, |taken| part(taken * share, "taking room for its disks")).await;
+                target.end(&member.by(), None).await.map_err(told)?;
+                taken.map_err(told)?;
+            }
+            let Some(image) = image else {
+                // Of a disk on a LUN nothing is there yet, or it was zeroed.
                 if !on_lun {
-                    let made = qemu_img.create(&path, disk.format, disk.size_bytes, DEADLINE).await;
+                    let made = qemu_img.create(&path, disk, disk.size_bytes, DEADLINE).await;
                     made.map_err(|error| error.to_string())?;
                 }
                 continue;
             };
             let note = format!("copying {image}");
-            let on = |share: f64| progress(((index as f64 + share) * 100.0 / count as f64) as u8, &note);
-            let told = |failure: Failure| failure.to_string();
+            let begin = if on_lun && disk.allocation == Allocation::Full { 0.5 } else { 0.0 };
+            let on = |share: f64| part(begin + (1.0 - begin) * share, &note);
             let held = self.hold_image(member, image).await.map_err(told)?;
             let from = held.as_ref().map_or(ImageAt::File(Path::new(image)), |held| ImageAt::Socket(held.socket()));
             if on_lun {
@@ -119,7 +132,7 @@ impl Agent {
                 target.end(&member.by(), None).await.map_err(told)?;
                 filled.map_err(|error| error.to_string())?;
             } else {
-                let made = qemu_img.convert(from, &path, disk.format, Some(disk.size_bytes), DEADLINE, on).await;
+                let made = qemu_img.convert(from, &path, disk, Some(disk.size_bytes), DEADLINE, on).await;
                 made.map_err(|error| error.to_string())?;
             }
             if let Some(held) = held {
@@ -185,4 +198,30 @@ impl Agent {
         volumes.dedup();
         volumes.into_iter().map(|volume| self.volume_path(volume, &Vm::directory(vm.id, &vm.name))).collect()
     }
+}
+
+/// Has a slab for each part of a disk on a LUN of which nothing is there yet. One that is
+/// given is zeroed, so it is enough to write to each part. `on` is told how far it is, 0 to 1.
+///
+/// # Errors
+/// The volume is full, or not reached.
+async fn take_slabs(held: &Held, on: impl Fn(f64)) -> Result<(), Failure> {
+    let Some(device) = copies::open(held).await? else { return Ok(()) };
+    let device = Arc::new(device);
+    let parts = held.file.bytes.div_ceil(held.part_bytes);
+    for part in 0..parts {
+        let (device, at) = (device.clone(), part * held.part_bytes);
+        let write = move || match device.write(at, &[0; LUN_BLOCK_BYTES as usize]) {
+            Ok(()) if part + 1 == parts => device.flush(),
+            written => written,
+        };
+        let written = tokio::task::spawn_blocking(write).await;
+        let written = written.map_err(|error| Failure::other("internal", error.to_string()))?;
+        written.map_err(|error| {
+            let text = format!("part {part} of the disk's {parts} got no room: {error}");
+            Failure::other("no_space", text)
+        })?;
+        on((part + 1) as f64 / parts as f64);
+    }
+    Ok(())
 }

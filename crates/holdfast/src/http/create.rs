@@ -80,9 +80,10 @@ pub async fn command(agent: &Agent, request: api::CreateVm) -> Result<Command, A
             }
         };
         if !state.luns.contains_key(&disk.volume) {
-            let (path, volume) = (agent.volume_path(&disk.volume, ""), disk.volume.clone());
-            let room = blocking(move || Ok(room_at(&path))).await?;
-            fits_volume(index, size, &volume, room)?;
+            let path = agent.volume_path(&disk.volume, "");
+            let allocate = disk.allocate;
+            let room = blocking(move || Ok(room_at(&path, allocate))).await?;
+            fits_volume(index, size, disk, room)?;
         }
         sizes.push(size);
         images.push(filling.map(|filling| filling.path));
@@ -146,6 +147,10 @@ fn compose(
             file: disk.file.clone().unwrap_or_else(new),
             size_bytes: *size_bytes,
             format,
+            allocation: match disk.allocate {
+                api::Allocation::Thin => Allocation::Thin,
+                api::Allocation::Full => Allocation::Full,
+            },
         }
     });
     let mut taken: BTreeSet<Mac> = state.vms.values().flat_map(|vm| vm.spec.nics.iter().map(|nic| nic.mac)).collect();
@@ -257,6 +262,9 @@ fn size_of_file(state: &ClusterState, index: usize, disk: &api::DiskDefinition, 
     if disk.size.is_some() || disk.image.is_some() {
         return refuse(format!("{file:?} is as it is: name neither a size nor an image for it"));
     }
+    if disk.allocate == api::Allocation::Full {
+        return refuse(format!("{file:?} is there, and keeps the room that it has: allocate=full is for new disks"));
+    }
     match lun.files.get(file).filter(|_| is_file_name(file)) {
         Some(found) if found.vm.is_none() => Ok(found.bytes),
         Some(_) => refuse(format!("{file:?} belongs to a VM")),
@@ -264,28 +272,39 @@ fn size_of_file(state: &ClusterState, index: usize, disk: &api::DiskDefinition, 
     }
 }
 
-/// Refuses a disk that can never be full without its volume being full first.
-fn fits_volume(index: usize, size: u64, volume: &str, room: std::io::Result<u64>) -> Result<(), ApiError> {
-    match room {
-        Ok(room) if size > room => Err(ApiError::new(
-            "no_space",
-            format!(
-                "disk {index}: its size, {}, is larger than volume {volume:?}, {}",
-                api::Size(size).rounded(),
-                api::Size(room).rounded()
-            ),
-        )),
-        Ok(_) => Ok(()),
-        Err(error) => {
-            Err(ApiError::new("volume_unreachable", format!("this node does not reach volume {volume:?}: {error}")))
-        }
+/// Refuses a disk that can never be full without its volume being full first, and one
+/// that cannot be fully allocated now.
+fn fits_volume(
+    index: usize,
+    size: u64,
+    disk: &api::DiskDefinition,
+    room: std::io::Result<u64>,
+) -> Result<(), ApiError> {
+    let volume = &disk.volume;
+    let room = room.map_err(|error| {
+        ApiError::new("volume_unreachable", format!("this node does not reach volume {volume:?}: {error}"))
+    })?;
+    if size <= room {
+        return Ok(());
     }
+    let (size, room) = (api::Size(size).rounded(), api::Size(room).rounded());
+    let why = match disk.allocate {
+        api::Allocation::Thin => format!("its size, {size}, is larger than volume {volume:?}, {room}"),
+        api::Allocation::Full => {
+            format!("it is to be fully allocated with {size}, and volume {volume:?} has {room} free")
+        }
+    };
+    Err(ApiError::new("no_space", format!("disk {index}: {why}")))
 }
 
-/// The size of the file system at `path`, in bytes.
-fn room_at(path: &Path) -> std::io::Result<u64> {
+/// The size of the file system at `path`, or what of it is free, in bytes.
+fn room_at(path: &Path, allocate: api::Allocation) -> std::io::Result<u64> {
     let found = nix::sys::statvfs::statvfs(path)?;
-    Ok(found.blocks() * found.fragment_size())
+    let blocks = match allocate {
+        api::Allocation::Thin => found.blocks(),
+        api::Allocation::Full => found.blocks_available(),
+    };
+    Ok(blocks * found.fragment_size())
 }
 
 fn known_volume(state: &ClusterState, volume: &str) -> Result<(), ApiError> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use holdfast_api::{
-    CreateVm, DiskDefinition, DiskFormat, KernelBoot, NicDefinition, Priority, Size, VmDefinition, VmState,
+    Allocation, CreateVm, DiskDefinition, DiskFormat, KernelBoot, NicDefinition, Priority, Size, VmDefinition, VmState,
 };
 
 use super::{ApiError, Cluster, SWITCH, VOLUME};
@@ -190,6 +190,7 @@ impl Cluster {
                 volume: template.volume.clone(),
                 size: Some(Size(template.disk_bytes)),
                 format: template.format,
+                allocate: Allocation::Thin,
                 image: None,
                 file: None,
             }],

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use holdfast_api::{AddVolume, CreateVm, DiskDefinition, DiskFormat, ImportVolume, VmDefinition, VolumeCheck};
+use holdfast_api::{
+    AddVolume, Allocation, CreateVm, DiskDefinition, DiskFormat, ImportVolume, VmDefinition, VolumeCheck,
+};
 use holdfast_lab::cluster::{Cluster, ClusterSpec, VmTemplate};
 use holdfast_lab::guest::GuestClient;
 
@@ -117,6 +119,7 @@ fn a_lun_is_taken_over_with_its_disks_when_its_cluster_is_gone() {
         volume: "tank".into(),
         size: None,
         format: DiskFormat::Raw,
+        allocate: Allocation::Thin,
         image: None,
         file: Some(file.to_owned()),
     };

@@ -17,6 +17,7 @@ mod coordinator_killed;
 mod cut_off;
 mod damaged_files;
 mod demo;
+mod disks;
 mod drain;
 mod everything_restarts;
 mod fencing;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use holdfast_core::{Accelerator, DiskFormat, DiskSpec, Epoch, Mac, NicSpec, Priority, VmId, VmSpec};
+use holdfast_core::{Accelerator, Allocation, DiskFormat, DiskSpec, Epoch, Mac, NicSpec, Priority, VmId, VmSpec};
 use holdfast_qemu::{Launch, Qmp};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -43,7 +43,7 @@ pub fn spec() -> VmSpec {
 }
 
 pub fn disk(format: DiskFormat) -> DiskSpec {
-    DiskSpec { volume: "v".into(), file: "d".into(), size_bytes: 1 << 20, format }
+    DiskSpec { volume: "v".into(), file: "d".into(), size_bytes: 1 << 20, format, allocation: Allocation::Thin }
 }
 
 pub fn nic(last: u8) -> NicSpec {

@@ -54,7 +54,13 @@ impl World {
                 let id = VmId(Uuid::from_u64_pair(self.rng.next(), self.rng.next()));
                 let stop_timeout_s = self.draw(2, 8) as u32;
                 let file = format!("{}/disk0.raw", Vm::directory(id, vm));
-                let disk = DiskSpec { volume: self.volume_of(vm), file, size_bytes: 1 << 30, format: DiskFormat::Raw };
+                let disk = DiskSpec {
+                    volume: self.volume_of(vm),
+                    file,
+                    size_bytes: 1 << 30,
+                    format: DiskFormat::Raw,
+                    allocation: Allocation::Thin,
+                };
                 Some(Command::CreateVm {
                     id,
                     name: vm.clone(),

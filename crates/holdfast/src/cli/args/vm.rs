@@ -103,8 +103,8 @@ pub struct CreateArgs {
     /// RAM, like 512M or 4G.
     #[arg(long, default_value = "1G", value_name = "SIZE")]
     pub memory: api::Size,
-    /// A disk: VOLUME[:SIZE][,format=raw|qcow2]; the boot disk first. Without SIZE
-    /// it is as large as its image. VOLUME,file=PATH takes a disk that is there on an
+    /// A disk: VOLUME[:SIZE][,format=raw|qcow2][,allocate=full]; the boot disk first.
+    /// Without SIZE it is as large as its image. VOLUME,file=PATH takes a disk that is there on an
     /// imported LUN (see `holdfast volume ls`).
     #[arg(long, value_name = "VOLUME:SIZE", value_parser = disk)]
     pub disk: Vec<api::DiskDefinition>,
@@ -154,7 +154,7 @@ pub enum PriorityArg {
     None,
 }
 
-/// Reads `VOLUME[:SIZE][,format=raw|qcow2][,file=PATH]`.
+/// Reads `VOLUME[:SIZE][,format=raw|qcow2][,allocate=thin|full][,file=PATH]`.
 fn disk(text: &str) -> Result<api::DiskDefinition, String> {
     let mut parts = text.split(',');
     let first = parts.next().unwrap_or_default();
@@ -168,19 +168,21 @@ fn disk(text: &str) -> Result<api::DiskDefinition, String> {
     if volume.is_empty() {
         return Err("name the volume: VOLUME:SIZE".into());
     }
-    let (mut format, mut file) = (api::DiskFormat::Qcow2, None);
+    let (mut format, mut allocate, mut file) = (api::DiskFormat::Qcow2, api::Allocation::Thin, None);
     for part in parts {
         match part.split_once('=') {
             Some(("format", "raw")) => format = api::DiskFormat::Raw,
             Some(("format", "qcow2")) => format = api::DiskFormat::Qcow2,
+            Some(("allocate", "thin")) => allocate = api::Allocation::Thin,
+            Some(("allocate", "full")) => allocate = api::Allocation::Full,
             Some(("file", name)) => file = Some(name.to_owned()),
             _ => {
-                let settings = "write format=raw, format=qcow2 or file=PATH";
+                let settings = "write format=raw, format=qcow2, allocate=full or file=PATH";
                 return Err(format!("{part:?} is no setting of a disk: {settings}"));
             }
         }
     }
-    Ok(api::DiskDefinition { volume: volume.into(), size, format, image: None, file })
+    Ok(api::DiskDefinition { volume: volume.into(), size, format, allocate, image: None, file })
 }
 
 /// Reads `SWITCH[,mac=…][,vlan=…]`.
@@ -214,6 +216,10 @@ mod tests {
             (raw.volume.as_str(), raw.size, raw.format),
             ("main", Some(api::Size(20 << 30)), api::DiskFormat::Raw)
         );
+        let full = disk("main:1G,allocate=full,format=qcow2").unwrap();
+        assert_eq!((full.format, full.allocate), (api::DiskFormat::Qcow2, api::Allocation::Full));
+        assert_eq!(raw.allocate, api::Allocation::Thin);
+        assert!(disk("main:1G,allocate=some").unwrap_err().contains("allocate=full"));
         let there = disk("san,file=vms/web-1/disk0.raw").unwrap();
         assert_eq!((there.size, there.file.as_deref()), (None, Some("vms/web-1/disk0.raw")));
     }

@@ -89,12 +89,18 @@ fn a_disk_is_as_large_as_asked_and_never_smaller_than_its_image() {
 
 #[test]
 fn a_disk_larger_than_its_volume_is_refused() {
-    assert_eq!(fits_volume(0, 10, "main", Ok(10)), Ok(()));
-    let refused = fits_volume(0, 11 << 30, "main", Ok(10 << 30)).unwrap_err();
+    let mut disk = definition("web", None).disks.remove(0);
+    assert_eq!(fits_volume(0, 10, &disk, Ok(10)), Ok(()));
+    let refused = fits_volume(0, 11 << 30, &disk, Ok(10 << 30)).unwrap_err();
     assert_eq!(refused.message, "disk 0: its size, 11 GiB, is larger than volume \"main\", 10 GiB");
     let gone = std::io::Error::from(std::io::ErrorKind::NotFound);
-    assert_eq!(fits_volume(0, 1, "main", Err(gone)).unwrap_err().code, "volume_unreachable");
-    assert!(room_at(Path::new("/")).unwrap() > 0);
+    assert_eq!(fits_volume(0, 1, &disk, Err(gone)).unwrap_err().code, "volume_unreachable");
+    disk.allocate = api::Allocation::Full;
+    let refused = fits_volume(0, 11 << 30, &disk, Ok(10 << 30)).unwrap_err();
+    assert_eq!(refused.message, "disk 0: it is to be fully allocated with 11 GiB, and volume \"main\" has 10 GiB free");
+    let room = |kind| room_at(Path::new("/"), kind).unwrap();
+    let (all, free) = (room(api::Allocation::Thin), room(api::Allocation::Full));
+    assert!(free > 0 && free <= all);
 }
 
 #[test]
@@ -226,6 +232,7 @@ fn definition(name: &str, boot: Option<api::KernelBoot>) -> api::VmDefinition {
             volume: "main".into(),
             size: None,
             format: api::DiskFormat::Qcow2,
+            allocate: api::Allocation::Thin,
             image: None,
             file: None,
         }],
@@ -240,7 +247,8 @@ prop_compose! {
         name in "[a-z][a-z0-9-]{0,10}", cpus in 1..512u32, mib in 16..1_000_000u64,
         cpu_model in proptest::option::of("[a-z]{1,8}"),
         boot in proptest::option::of(("[a-z]{1,4}/[a-z]{1,4}", proptest::option::of("[a-z]{1,8}"), "[a-z =]{0,9}")),
-        disks in proptest::collection::vec(("[a-z]{1,5}", proptest::option::of(1..9_000_000u64), any::<bool>()), 0..4),
+        disks in proptest::collection::vec(
+            ("[a-z]{1,5}", proptest::option::of(1..9_000_000u64), any::<bool>(), any::<bool>()), 0..4),
         nics in proptest::collection::vec(("[a-z]{1,5}", any::<bool>(), proptest::option::of(1..4095u16)), 0..4),
         priority in 0..4usize, stop_timeout_s: u32,
     ) -> api::VmDefinition {
@@ -249,8 +257,9 @@ prop_compose! {
             boot: boot.map(|(kernel, initrd, append)| api::KernelBoot {
                 kernel: format!("main:{kernel}"), initrd: initrd.map(|file| format!("main:{file}")), append,
             }),
-            disks: disks.into_iter().map(|(volume, blocks, raw)| api::DiskDefinition {
+            disks: disks.into_iter().map(|(volume, blocks, raw, full)| api::DiskDefinition {
                 volume, size: blocks.map(|blocks| api::Size(blocks * 512)), image: None, file: None,
+                allocate: if full { api::Allocation::Full } else { api::Allocation::Thin },
                 format: if raw { api::DiskFormat::Raw } else { api::DiskFormat::Qcow2 },
             }).collect(),
             nics: nics.into_iter().enumerate().map(|(index, (switch, named, vlan))| api::NicDefinition {
@@ -294,7 +303,8 @@ proptest! {
         // And nothing that was asked for got lost on the way there.
         prop_assert_eq!(shown.cpus, wanted.cpus);
         prop_assert_eq!(&shown.boot, &wanted.boot);
-        prop_assert_eq!(shown.disks.len(), wanted.disks.len());
+        let kinds = |vm: &api::VmDefinition| vm.disks.iter().map(|disk| (disk.format, disk.allocate)).collect::<Vec<_>>();
+        prop_assert_eq!(kinds(&shown), kinds(&wanted));
         for (nic, wanted) in shown.nics.iter().zip(&wanted.nics) {
             prop_assert!(wanted.mac.is_none() || wanted.mac == nic.mac);
         }

@@ -37,6 +37,7 @@ pub fn vm(state: &ClusterState, vm: &Vm) -> api::VmView {
                 file: disk.file.clone(),
                 size_bytes: disk.size_bytes,
                 format: format(disk.format),
+                allocate: allocate(disk.allocation),
             })
             .collect(),
         nics: vm.spec.nics.iter().map(nic).collect(),
@@ -111,6 +112,7 @@ pub fn definition(vm: &Vm) -> api::VmDefinition {
                 volume: disk.volume.clone(),
                 size: Some(api::Size(disk.size_bytes)),
                 format: format(disk.format),
+                allocate: allocate(disk.allocation),
                 image: None,
                 file: None,
             })
@@ -144,6 +146,13 @@ fn format(format: DiskFormat) -> api::DiskFormat {
     match format {
         DiskFormat::Raw => api::DiskFormat::Raw,
         DiskFormat::Qcow2 => api::DiskFormat::Qcow2,
+    }
+}
+
+fn allocate(allocation: Allocation) -> api::Allocation {
+    match allocation {
+        Allocation::Thin => api::Allocation::Thin,
+        Allocation::Full => api::Allocation::Full,
     }
 }
 

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use holdfast_api::{ChangeKind, CreateVm, DiskDefinition, DiskFormat, JobState, JobView, VmDefinition, VmView};
+use holdfast_api::{
+    Allocation, ChangeKind, CreateVm, DiskDefinition, DiskFormat, JobState, JobView, VmDefinition, VmView,
+};
 use holdfast_lab::cluster::{Cluster, VOLUME, VmTemplate};
 
 use crate::bench::DEADLINE;
@@ -82,6 +84,7 @@ fn its_progress_is_told(cluster: &Cluster, share: usize) {
         volume: VOLUME.into(),
         size: None,
         format: DiskFormat::Raw,
+        allocate: Allocation::Thin,
         image: Some(format!("{VOLUME}:large.raw")),
         file: None,
     };
