@@ -108,6 +108,11 @@ pub enum DiskFormat {
     /// QEMU's copy-on-write format.
     #[default]
     Qcow2,
+    /// Hyper-V's. A running VM with such a disk cannot move; its guest cannot discard.
+    Vhdx,
+    /// Virtual PC's and the older one of Hyper-V, dynamic when it is thin, fixed when it is
+    /// fully allocated; 2040 GiB at most. As with `vhdx`, the VM cannot move while it runs.
+    Vhd,
 }
 
 /// When a disk takes room on its volume.
@@ -330,7 +335,8 @@ mod tests {
     }
 
     fn disks() -> impl Strategy<Value = DiskDefinition> {
-        let formats = prop_oneof![Just(DiskFormat::Raw), Just(DiskFormat::Qcow2)];
+        let formats =
+            prop_oneof![Just(DiskFormat::Raw), Just(DiskFormat::Qcow2), Just(DiskFormat::Vhdx), Just(DiskFormat::Vhd)];
         let allocations = prop_oneof![Just(Allocation::Thin), Just(Allocation::Full)];
         (texts(), any::<Option<u64>>(), formats, allocations, proptest::option::of(texts())).prop_map(
             |(volume, size, format, allocate, image)| DiskDefinition {

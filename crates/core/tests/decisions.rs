@@ -522,3 +522,30 @@ fn what_cannot_leave_a_drained_node_says_why_and_starts_there_again() {
     lab.plan();
     assert_eq!(lab.on(WEB), Some(node), "better there than nowhere");
 }
+
+#[test]
+fn a_vm_with_a_disk_that_qemu_cannot_hand_over_does_not_move() {
+    let mut lab = Lab::new(2);
+    for format in [DiskFormat::Vhdx, DiskFormat::Vhd] {
+        let node = lab.running_web(Priority::High);
+        lab.state.vms.get_mut(&WEB).unwrap().spec.disks[0].format = format;
+        let to = Some(NodeId(3 - node));
+        let Reply::Refused(why) = lab.ask(Command::MigrateVm { vm: WEB, to }) else { panic!("it moves") };
+        assert!(why.to_string().contains(format.extension()), "{why}");
+        let vm = lab.state.vms[&WEB].clone();
+        assert!(lab.state.cannot_leave(&vm).is_some_and(|why| why.contains("cannot be live-migrated")));
+        lab = Lab::new(2);
+    }
+    let too_large = |format: DiskFormat| {
+        let mut spec = spec(512, Priority::Medium);
+        spec.disks[0].format = format;
+        spec.disks[0].size_bytes = format.most_bytes().unwrap() + 512;
+        spec
+    };
+    for format in [DiskFormat::Vhdx, DiskFormat::Vhd] {
+        let (id, name, sources) = (vm_id(9), "large".into(), Sources::default());
+        let create = Command::CreateVm { id, name, spec: too_large(format), node: NodeId(1), sources };
+        let Reply::Refused(why) = lab.ask(create) else { panic!("no such disk can be") };
+        assert!(why.to_string().contains("GiB at most"), "{why}");
+    }
+}

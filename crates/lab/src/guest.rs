@@ -136,6 +136,10 @@ pub enum ImageFormat {
     Raw,
     /// QEMU's.
     Qcow2,
+    /// Hyper-V's.
+    Vhdx,
+    /// Virtual PC's.
+    Vhd,
 }
 
 /// Reads the record disk in the image at `image`, which no QEMU may have open.
@@ -143,14 +147,17 @@ pub enum ImageFormat {
 /// # Errors
 /// When the image cannot be read, is in use, or is no record disk.
 pub fn verify_records(image: &Path, format: ImageFormat) -> Result<RecordsReport> {
-    if format == ImageFormat::Raw {
-        return Ok(RecordsReport::read(image)?);
-    }
+    let format = match format {
+        ImageFormat::Raw => return Ok(RecordsReport::read(image)?),
+        ImageFormat::Qcow2 => "qcow2",
+        ImageFormat::Vhdx => "vhdx",
+        ImageFormat::Vhd => "vpc",
+    };
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     let name = format!("holdfast-records-{}-{}.raw", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
     let raw = Scratch(std::env::temp_dir().join(name));
     let output = Command::new("qemu-img")
-        .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .args(["convert", "-f", format, "-O", "raw"])
         .args([image, &raw.0])
         .output()
         .context("starting qemu-img (is the package qemu-utils installed?)")?;

@@ -24,6 +24,8 @@ use tokio::time::timeout;
 use crate::program::{not_started, output};
 use crate::{NBD_EXPORT, QemuError};
 
+mod vhd;
+
 /// The Debian package that brings `qemu-img`.
 const PACKAGE: &str = "qemu-utils";
 
@@ -59,16 +61,24 @@ impl<'a> From<&'a PathBuf> for ImageAt<'a> {
 }
 
 impl ImageAt<'_> {
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         match self {
             ImageAt::File(path) | ImageAt::Socket(path) => path,
         }
     }
 
-    fn argument(&self) -> OsString {
+    pub(crate) fn argument(&self) -> OsString {
         match self {
             ImageAt::File(path) => path.as_os_str().to_owned(),
             ImageAt::Socket(path) => nbd_address(path).into(),
+        }
+    }
+
+    /// How qemu-img is told to open it as an image of a format: options, and the name.
+    fn opened_as(&self, format: &str) -> (Vec<OsString>, OsString) {
+        match (format, vhd::address(self)) {
+            ("vpc", Some(address)) => (Vec::new(), address.into()),
+            _ => (vec!["-f".into(), format.into()], self.argument()),
         }
     }
 }
@@ -112,7 +122,11 @@ impl Layout {
         match (self.format, self.allocation) {
             // Every cluster has its place in the file; the room for them is taken after that.
             (DiskFormat::Qcow2, Allocation::Full) => Some("preallocation=metadata"),
-            (DiskFormat::Raw, _) | (DiskFormat::Qcow2, Allocation::Thin) => None,
+            (DiskFormat::Vhdx, Allocation::Full) => Some("subformat=fixed"),
+            // Without force_size it would be as large as cylinders, heads and sectors can say.
+            (DiskFormat::Vhd, Allocation::Thin) => Some("subformat=dynamic,force_size=on"),
+            (DiskFormat::Vhd, Allocation::Full) => Some("subformat=fixed,force_size=on"),
+            (DiskFormat::Raw, _) | (DiskFormat::Qcow2 | DiskFormat::Vhdx, Allocation::Thin) => None,
         }
     }
 }
@@ -242,9 +256,11 @@ impl QemuImg {
         /// Of qemu-img's manual, "check": the check was completed, the image is corrupted.
         const CORRUPTED: i32 = 2;
         let doing = format!("copy {}", source.path().display());
+        let (options, name) = source.opened_as(format);
         let checking = Command::new(&self.program)
-            .args(["check", "-q", "-f", format])
-            .arg(source.argument())
+            .args(["check", "-q"])
+            .args(options)
+            .arg(name)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             // A line for each cluster; which ones they are helps nobody here.
@@ -285,11 +301,13 @@ impl QemuImg {
         mut on: impl FnMut(f64) + Send,
     ) -> Result<(), QemuError> {
         let doing = format!("copy {}", source.path().display());
+        let (options, name) = source.opened_as(source_format);
         let mut child = Command::new(&self.program)
             .env("LC_ALL", "C.UTF-8")
-            .args(["convert", "-p", "-f", source_format])
+            .args(["convert", "-p"])
+            .args(options)
             .args(how)
-            .args([option, format, &source.argument(), target])
+            .args([option, format, &name, target])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -353,14 +371,12 @@ impl QemuImg {
             }
         }
         let argument = at.argument();
-        let arguments: [&OsStr; 4] = ["info".as_ref(), "-U".as_ref(), "--output=json".as_ref(), &argument];
-        let said = self.run(&arguments, path, &doing, deadline).await?;
-        let image: Described = serde_json::from_slice(&said).map_err(|error| QemuError::Image {
-            doing: doing.clone(),
-            why: format!("its answer is unreadable ({error})"),
-        })?;
+        let mut image = self.describe(path, &argument, &doing, deadline).await?;
         if let Some(refers_to) = image.refers_to(Path::new(&argument)) {
             return Err(QemuError::NotSelfContained { path: path.to_owned(), refers_to });
+        }
+        if let Some(address) = self.is_vhd(at, &image.format, image.virtual_size, &doing, deadline).await? {
+            image = self.describe(path, address.as_ref(), &doing, deadline).await?;
         }
         if !FORMATS.contains(&image.format.as_str()) {
             return Err(QemuError::Image {
@@ -369,6 +385,21 @@ impl QemuImg {
             });
         }
         Ok(Image { format: image.format, virtual_bytes: image.virtual_size, actual_bytes: image.actual_size })
+    }
+
+    async fn describe(
+        &self,
+        path: &Path,
+        argument: &OsStr,
+        doing: &str,
+        deadline: Duration,
+    ) -> Result<Described, QemuError> {
+        let arguments: [&OsStr; 4] = ["info".as_ref(), "-U".as_ref(), "--output=json".as_ref(), argument];
+        let said = self.run(&arguments, path, doing, deadline).await?;
+        serde_json::from_slice(&said).map_err(|error| QemuError::Image {
+            doing: doing.to_owned(),
+            why: format!("its answer is unreadable ({error})"),
+        })
     }
 
     /// Makes a disk larger. Never smaller: that would cut data off.
@@ -391,7 +422,7 @@ impl QemuImg {
         self.run(&arguments, path, &doing, deadline).await.map(drop)
     }
 
-    async fn run(
+    pub(crate) async fn run(
         &self,
         arguments: &[&OsStr],
         path: &Path,

@@ -89,7 +89,7 @@ async fn fully_allocated_disks_have_their_room_from_the_start() {
     let directory = TempDir::with_prefix("hfq-").expect("a directory");
     let source = directory.path().join("source");
     std::fs::write(&source, [7; 1 << 20]).expect("a source");
-    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2, DiskFormat::Vhdx, DiskFormat::Vhd] {
         let layout = Layout { format, allocation: Allocation::Full };
         for (name, image) in [("empty", None), ("copied", Some(&source))] {
             let path = directory.path().join(format!("{name}.{}", format.as_str()));
@@ -113,6 +113,57 @@ async fn fully_allocated_disks_have_their_room_from_the_start() {
     let refused = tool().create(&directory.path().join("huge"), full, 1 << 43, SOON).await.expect_err("no room");
     assert!(refused.to_string().contains("cannot take room for all of"), "{refused}");
     assert!(names(directory.path()).iter().all(|name| !name.contains("huge")));
+}
+
+/// A disk as no geometry of cylinders, heads and sectors describes it.
+const ODD_BYTES: usize = (8 << 20) + 512;
+
+#[tokio::test]
+async fn vhds_and_vhdxs_are_known_by_what_is_in_them_and_lose_no_byte() {
+    let directory = TempDir::with_prefix("hfq-").expect("a directory");
+    let source = directory.path().join("source");
+    let content: Vec<u8> = (0..ODD_BYTES).map(|at| (at / 509) as u8).collect();
+    std::fs::write(&source, &content).expect("a source");
+    for (format, allocation) in [
+        (DiskFormat::Vhdx, Allocation::Thin),
+        (DiskFormat::Vhdx, Allocation::Full),
+        (DiskFormat::Vhd, Allocation::Thin),
+        (DiskFormat::Vhd, Allocation::Full),
+    ] {
+        let path = directory.path().join(format!("{allocation:?}.{}.img", format.extension()));
+        let layout = Layout { format, allocation };
+        tool().convert(&source, &path, layout, None, SOON, |_| {}).await.expect("copied");
+        let image = tool().inspect(&path, SOON).await.expect("an image");
+        assert_eq!((image.format.as_str(), image.virtual_bytes), (format.as_str(), ODD_BYTES as u64));
+        let back = path.with_extension("raw");
+        tool().convert(&path, &back, DiskFormat::Raw, None, SOON, |_| {}).await.expect("copied back");
+        assert!(std::fs::read(&back).expect("a disk") == content, "{layout:?}");
+    }
+    // One of an author whom QEMU does not know: it would believe the geometry.
+    let path = directory.path().join("Full.vhd.img");
+    let mut bytes = std::fs::read(&path).expect("an image");
+    let footer = bytes.len() - 512;
+    bytes[footer + 28..footer + 32].copy_from_slice(b"vbox");
+    bytes[footer + 56..footer + 60].copy_from_slice(&[0, 200, 4, 17]);
+    bytes[footer + 64..footer + 68].fill(0);
+    let sum: u32 = bytes[footer..].iter().map(|byte| u32::from(*byte)).sum();
+    bytes[footer + 64..footer + 68].copy_from_slice(&(!sum).to_be_bytes());
+    std::fs::write(&path, &bytes).expect("an image");
+    let image = tool().inspect(&path, SOON).await.expect("an image");
+    assert_eq!(image.virtual_bytes, ODD_BYTES as u64);
+    // A difference to another disk would be read as if that were empty.
+    let path = directory.path().join("Thin.vhd.img");
+    let mut bytes = std::fs::read(&path).expect("an image");
+    bytes[63] = 4;
+    bytes[64..68].fill(0);
+    let sum: u32 = bytes[..512].iter().map(|byte| u32::from(*byte)).sum();
+    bytes[64..68].copy_from_slice(&(!sum).to_be_bytes());
+    std::fs::write(&path, &bytes).expect("an image");
+    let refused = tool().inspect(&path, SOON).await.expect_err("refused");
+    assert!(
+        matches!(&refused, QemuError::NotSelfContained { refers_to, .. } if refers_to.contains("parent")),
+        "{refused}"
+    );
 }
 
 #[tokio::test]

@@ -132,6 +132,10 @@ pub enum DiskFormat {
     /// QEMU's copy-on-write format.
     #[default]
     Qcow2,
+    /// Hyper-V's.
+    Vhdx,
+    /// Virtual PC's and the older one of Hyper-V; fixed when it is fully allocated.
+    Vhd,
 }
 
 /// One network adapter.
@@ -387,7 +391,33 @@ impl DiskFormat {
         match self {
             DiskFormat::Raw => "raw",
             DiskFormat::Qcow2 => "qcow2",
+            DiskFormat::Vhdx => "vhdx",
+            DiskFormat::Vhd => "vpc",
         }
+    }
+
+    /// The name by which people know it, and with which its files' names end.
+    pub fn extension(self) -> &'static str {
+        match self {
+            DiskFormat::Vhd => "vhd",
+            other => other.as_str(),
+        }
+    }
+
+    /// The most bytes that a disk of this format has, if fewer than any file.
+    pub fn most_bytes(self) -> Option<u64> {
+        match self {
+            DiskFormat::Raw | DiskFormat::Qcow2 => None,
+            // [MS-VHDX] 2.6.2.4.
+            DiskFormat::Vhdx => Some(64 << 40),
+            // QEMU's, block/vpc.c: a little below what 32 bits can say in sectors.
+            DiskFormat::Vhd => Some(2040 << 30),
+        }
+    }
+
+    /// Whether QEMU can hand a guest with such a disk over to another QEMU.
+    pub fn migrates(self) -> bool {
+        matches!(self, DiskFormat::Raw | DiskFormat::Qcow2)
     }
 }
 

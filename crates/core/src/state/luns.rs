@@ -143,7 +143,7 @@ impl ClusterState {
             let invalid = |text: String| Err(Refusal::Invalid(format!("disk {index}: {text}")));
             if disk.format != DiskFormat::Raw {
                 return invalid(format!(
-                    "volume {:?} is on a LUN, where disks are thin without a format of their own: use format=raw",
+                    "volume {:?} is on a LUN, where disks are thin without a format of their own: use format=raw; an image of any format fills it",
                     disk.volume
                 ));
             }

@@ -64,6 +64,13 @@ impl ClusterState {
             if !self.volumes.contains_key(&disk.volume) {
                 return Err(Refusal::unknown("volume", &disk.volume));
             }
+            if let Some(most) = disk.format.most_bytes().filter(|most| disk.size_bytes > *most) {
+                let (format, most) = (disk.format.extension(), most >> 30);
+                return invalid(format!(
+                    "a disk of {} bytes: in format {format} it has {most} GiB at most",
+                    disk.size_bytes
+                ));
+            }
             if disk.size_bytes == 0 || !disk.size_bytes.is_multiple_of(512) {
                 return invalid(format!("a disk of {} bytes: its size is a positive multiple of 512", disk.size_bytes));
             }
@@ -234,6 +241,13 @@ impl ClusterState {
         if let Some(volume) = crate::explain::waits_for_room(self, vm) {
             return Err(Refusal::Conflict(format!(
                 "VM {name:?} stands still in a write until there is room on volume {volume:?}: it cannot move before that"
+            )));
+        }
+        if let Some((index, disk)) = (0..).zip(&vm.spec.disks).find(|(_, disk)| !disk.format.migrates()) {
+            let index: u32 = index;
+            return Err(Refusal::Conflict(format!(
+                "VM {name:?} cannot be live-migrated: QEMU cannot hand over its disk {index}, in format {}, while the guest runs; shut it down and it can start on another node, or create it anew with that disk as image of a qcow2 or raw one",
+                disk.format.extension()
             )));
         }
         let spec = vm.spec.clone();

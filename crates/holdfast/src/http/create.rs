@@ -138,10 +138,12 @@ fn compose(
     let disks = wanted.disks.iter().zip(sizes).enumerate();
     let disks = disks.map(|(index, (disk, size_bytes))| {
         let format = match (disk.format, &disk.file) {
+            (api::DiskFormat::Raw, _) | (_, Some(_)) => DiskFormat::Raw,
             (api::DiskFormat::Qcow2, None) => DiskFormat::Qcow2,
-            _ => DiskFormat::Raw,
+            (api::DiskFormat::Vhdx, None) => DiskFormat::Vhdx,
+            (api::DiskFormat::Vhd, None) => DiskFormat::Vhd,
         };
-        let new = || format!("{directory}/disk{index}.{}", format.as_str());
+        let new = || format!("{directory}/disk{index}.{}", format.extension());
         DiskSpec {
             volume: disk.volume.clone(),
             file: disk.file.clone().unwrap_or_else(new),
@@ -261,6 +263,11 @@ fn size_of_file(state: &ClusterState, index: usize, disk: &api::DiskDefinition, 
     };
     if disk.size.is_some() || disk.image.is_some() {
         return refuse(format!("{file:?} is as it is: name neither a size nor an image for it"));
+    }
+    if matches!(disk.format, api::DiskFormat::Vhdx | api::DiskFormat::Vhd) {
+        return refuse(format!(
+            "a file that is there is taken as raw: name {file:?} as the image of a new disk instead"
+        ));
     }
     if disk.allocate == api::Allocation::Full {
         return refuse(format!("{file:?} is there, and keeps the room that it has: allocate=full is for new disks"));

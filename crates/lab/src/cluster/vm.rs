@@ -165,6 +165,8 @@ impl GuestVm {
         let format = match self.format {
             DiskFormat::Raw => ImageFormat::Raw,
             DiskFormat::Qcow2 => ImageFormat::Qcow2,
+            DiskFormat::Vhdx => ImageFormat::Vhdx,
+            DiskFormat::Vhd => ImageFormat::Vhd,
         };
         guest::verify_records(&self.image, format)
     }

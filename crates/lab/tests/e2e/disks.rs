@@ -1,11 +1,13 @@
 //! Kinds of disks: what is made is what was asked for, and what cannot be is refused.
 
 use std::os::unix::fs::MetadataExt as _;
+use std::process::Command;
+use std::time::Duration;
 
-use holdfast_api::{Allocation, VmView, VolumeView};
-use holdfast_lab::cluster::{Cluster, VOLUME};
+use holdfast_api::{Allocation, DiskFormat, VmView, VolumeView};
+use holdfast_lab::cluster::{Cluster, VOLUME, VmTemplate};
 
-use crate::bench::{DEADLINE, three_nodes};
+use crate::bench::{DEADLINE, elsewhere, eventually, refused, three_nodes};
 use crate::shell::Shell;
 
 const LUN: &str = "san";
@@ -56,4 +58,58 @@ fn a_fully_allocated_disk_has_its_room_from_the_start() {
         assert!(why.contains("free"), "{why}");
         n1.ok(&["vm", "delete", "d"]);
     }
+}
+
+#[test]
+fn guests_run_from_vhdx_and_vhd_and_start_elsewhere_but_do_not_move() {
+    let (cluster, _turn) = three_nodes();
+    cluster.wait_ready(DEADLINE).unwrap();
+    let vms = [(DiskFormat::Vhdx, "x", 101), (DiskFormat::Vhd, "v", 102)].map(|(format, name, address)| {
+        let vm = cluster.create_vm(&VmTemplate { format, ..VmTemplate::new(name, address) }).unwrap();
+        let writer = vm.writer(Duration::from_millis(10)).unwrap();
+        eventually("records", || (writer.highest() >= 30).then_some(()));
+        let home = cluster.node_of(name).unwrap();
+        let (code, why) = refused(cluster.any().unwrap().migrate_vm(name, None));
+        assert_eq!(code, "conflict");
+        assert!(why.contains("cannot hand over its disk 0"), "{why}");
+        (vm, writer, home)
+    });
+    // The node of one of them is lost while it writes: the format is repaired where it starts again.
+    let lost = vms[0].2.clone();
+    cluster.host(&lost).unwrap().power_off().unwrap();
+    for (vm, writer, home) in vms {
+        if home == lost {
+            cluster.wait_vm(&vm.name, DEADLINE, elsewhere(&lost)).unwrap();
+            vm.wait_answer(DEADLINE).unwrap();
+        }
+        let wanted = writer.highest() + 30;
+        eventually("records", || (writer.highest() >= wanted).then_some(()));
+        let report = writer.stop().unwrap();
+        cluster.switch_off(&vm.name).unwrap();
+        let found = vm.verify().unwrap();
+        assert!(found.missing.is_empty() && found.corrupt_sectors.is_empty(), "{}: {found:?}", vm.name);
+        assert_eq!(found.lost(&report.acknowledged), [], "{}", vm.name);
+    }
+
+    // Images from elsewhere, by what is in them and not by their names.
+    let content: Vec<u8> = (0..(6 * MIB + 512) as u32).map(|at| (at / 509) as u8).collect();
+    let plain = cluster.lab().directory().join("plain");
+    std::fs::write(&plain, &content).unwrap();
+    let survivor = cluster.any().unwrap().nodes().unwrap().into_iter().find(|node| node.name != lost).unwrap().name;
+    let shell = Shell::on(&cluster, &survivor);
+    for (name, format, options) in [
+        ("i1", "vhdx", "subformat=dynamic"),
+        ("i2", "vpc", "subformat=fixed,force_size=on"),
+        ("i3", "vpc", "force_size=on"),
+    ] {
+        let image = cluster.on_volume(name);
+        let convert = ["convert", "-f", "raw", "-O", format, "-o", options];
+        assert!(Command::new("qemu-img").args(convert).args([&plain, &image]).status().unwrap().success());
+        let disk = format!("{VOLUME},format=raw");
+        shell.ok(&["vm", "create", name, "--memory", "128M", "--disk", &disk, "--image", &format!("{VOLUME}:{name}")]);
+        let vm: VmView = shell.json(&["vm", "show", name, "--json"]);
+        assert!(std::fs::read(cluster.on_volume(&vm.disks[0].file)).unwrap() == content, "{name}");
+    }
+    let why = shell.fails(&["vm", "create", "e", "--disk", &format!("{VOLUME}:1M,format=vmdk")], 2);
+    assert!(why.contains("vhdx"), "{why}");
 }

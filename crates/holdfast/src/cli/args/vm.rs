@@ -103,7 +103,7 @@ pub struct CreateArgs {
     /// RAM, like 512M or 4G.
     #[arg(long, default_value = "1G", value_name = "SIZE")]
     pub memory: api::Size,
-    /// A disk: VOLUME[:SIZE][,format=raw|qcow2][,allocate=full]; the boot disk first.
+    /// A disk: VOLUME[:SIZE][,format=raw|qcow2|vhdx|vhd][,allocate=full]; the boot disk first.
     /// Without SIZE it is as large as its image. VOLUME,file=PATH takes a disk that is there on an
     /// imported LUN (see `holdfast volume ls`).
     #[arg(long, value_name = "VOLUME:SIZE", value_parser = disk)]
@@ -154,7 +154,7 @@ pub enum PriorityArg {
     None,
 }
 
-/// Reads `VOLUME[:SIZE][,format=raw|qcow2][,allocate=thin|full][,file=PATH]`.
+/// Reads `VOLUME[:SIZE][,format=raw|qcow2|vhdx|vhd][,allocate=thin|full][,file=PATH]`.
 fn disk(text: &str) -> Result<api::DiskDefinition, String> {
     let mut parts = text.split(',');
     let first = parts.next().unwrap_or_default();
@@ -173,11 +173,13 @@ fn disk(text: &str) -> Result<api::DiskDefinition, String> {
         match part.split_once('=') {
             Some(("format", "raw")) => format = api::DiskFormat::Raw,
             Some(("format", "qcow2")) => format = api::DiskFormat::Qcow2,
+            Some(("format", "vhdx")) => format = api::DiskFormat::Vhdx,
+            Some(("format", "vhd")) => format = api::DiskFormat::Vhd,
             Some(("allocate", "thin")) => allocate = api::Allocation::Thin,
             Some(("allocate", "full")) => allocate = api::Allocation::Full,
             Some(("file", name)) => file = Some(name.to_owned()),
             _ => {
-                let settings = "write format=raw, format=qcow2, allocate=full or file=PATH";
+                let settings = "write format=raw|qcow2|vhdx|vhd, allocate=thin|full or file=PATH";
                 return Err(format!("{part:?} is no setting of a disk: {settings}"));
             }
         }
@@ -219,7 +221,10 @@ mod tests {
         let full = disk("main:1G,allocate=full,format=qcow2").unwrap();
         assert_eq!((full.format, full.allocate), (api::DiskFormat::Qcow2, api::Allocation::Full));
         assert_eq!(raw.allocate, api::Allocation::Thin);
-        assert!(disk("main:1G,allocate=some").unwrap_err().contains("allocate=full"));
+        assert!(disk("main:1G,allocate=some").unwrap_err().contains("allocate=thin|full"));
+        assert_eq!(disk("main:1G,format=vhdx").unwrap().format, api::DiskFormat::Vhdx);
+        assert_eq!(disk("main:1G,format=vhd").unwrap().format, api::DiskFormat::Vhd);
+        assert!(disk("main:1G,format=vpc").unwrap_err().contains("vhd"));
         let there = disk("san,file=vms/web-1/disk0.raw").unwrap();
         assert_eq!((there.size, there.file.as_deref()), (None, Some("vms/web-1/disk0.raw")));
     }

@@ -248,7 +248,7 @@ prop_compose! {
         cpu_model in proptest::option::of("[a-z]{1,8}"),
         boot in proptest::option::of(("[a-z]{1,4}/[a-z]{1,4}", proptest::option::of("[a-z]{1,8}"), "[a-z =]{0,9}")),
         disks in proptest::collection::vec(
-            ("[a-z]{1,5}", proptest::option::of(1..9_000_000u64), any::<bool>(), any::<bool>()), 0..4),
+            ("[a-z]{1,5}", proptest::option::of(1..9_000_000u64), 0..4usize, any::<bool>()), 0..4),
         nics in proptest::collection::vec(("[a-z]{1,5}", any::<bool>(), proptest::option::of(1..4095u16)), 0..4),
         priority in 0..4usize, stop_timeout_s: u32,
     ) -> api::VmDefinition {
@@ -257,10 +257,13 @@ prop_compose! {
             boot: boot.map(|(kernel, initrd, append)| api::KernelBoot {
                 kernel: format!("main:{kernel}"), initrd: initrd.map(|file| format!("main:{file}")), append,
             }),
-            disks: disks.into_iter().map(|(volume, blocks, raw, full)| api::DiskDefinition {
+            disks: disks.into_iter().map(|(volume, blocks, format, full)| api::DiskDefinition {
                 volume, size: blocks.map(|blocks| api::Size(blocks * 512)), image: None, file: None,
                 allocate: if full { api::Allocation::Full } else { api::Allocation::Thin },
-                format: if raw { api::DiskFormat::Raw } else { api::DiskFormat::Qcow2 },
+                format: {
+                    use api::DiskFormat::*;
+                    [Raw, Qcow2, Vhdx, Vhd][format]
+                },
             }).collect(),
             nics: nics.into_iter().enumerate().map(|(index, (switch, named, vlan))| api::NicDefinition {
                 switch, vlan, mac: named.then(|| format!("52:54:00:00:01:{index:02x}")),

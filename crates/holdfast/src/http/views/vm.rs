@@ -146,6 +146,8 @@ fn format(format: DiskFormat) -> api::DiskFormat {
     match format {
         DiskFormat::Raw => api::DiskFormat::Raw,
         DiskFormat::Qcow2 => api::DiskFormat::Qcow2,
+        DiskFormat::Vhdx => api::DiskFormat::Vhdx,
+        DiskFormat::Vhd => api::DiskFormat::Vhd,
     }
 }
 

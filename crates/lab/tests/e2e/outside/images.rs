@@ -130,6 +130,8 @@ fn seen_by_a_guest(cluster: &Cluster, vm: &VmView) -> Vec<u8> {
     let format = match vm.disks[0].format {
         DiskFormat::Raw => "raw",
         DiskFormat::Qcow2 => "qcow2",
+        DiskFormat::Vhdx => "vhdx",
+        DiskFormat::Vhd => "vpc",
     };
     qemu_img(&["convert", "-f", format, "-O", "raw", text(&file), text(&plain)]);
     fs::read(plain).unwrap()
