@@ -41,6 +41,8 @@ pub struct Config {
     /// Where LUNs are looked for that are not where they were on the node that added
     /// them.
     pub lun_dir: PathBuf,
+    /// Whether the files of volumes on LUNs are shown below `volumes_dir`, for reading.
+    pub mount_luns: bool,
     /// Memory that VMs may use, in bytes or as `12G`; what the host has, less
     /// `reserve_memory`, when empty.
     pub memory: String,
@@ -68,6 +70,7 @@ impl Default for Config {
             fence_agents_dir: "/usr/sbin".into(),
             watchdog: "auto".into(),
             lun_dir: "/dev/disk/by-id".into(),
+            mount_luns: true,
             memory: String::new(),
             reserve_memory: "1G".into(),
             cpus: 0,
@@ -128,6 +131,10 @@ impl Config {
         if let Some(value) = variable("HOLDFAST_VOLUME_PORT") {
             self.volume_port =
                 value.parse().with_context(|| format!("HOLDFAST_VOLUME_PORT={value:?} is not a port"))?;
+        }
+        if let Some(value) = variable("HOLDFAST_MOUNT_LUNS") {
+            self.mount_luns =
+                value.parse().with_context(|| format!("HOLDFAST_MOUNT_LUNS={value:?} is neither true nor false"))?;
         }
         if let Some(value) = variable("HOLDFAST_CPUS") {
             self.cpus = value.parse().with_context(|| format!("HOLDFAST_CPUS={value:?} is not a number"))?;

@@ -11,6 +11,7 @@ mod http;
 mod identity;
 mod keeper;
 mod leases;
+mod mount;
 mod process;
 mod realtime;
 mod volume;
@@ -28,6 +29,9 @@ fn main() -> ExitCode {
         Command::Agent { config } => process::agent(config.as_deref()),
         Command::Volume(Group { command: VolumeCommand::Serve { config, channel }, .. }) => {
             process::volume(config.as_deref(), channel)
+        }
+        Command::Volume(Group { command: VolumeCommand::Mount { log, volume, at }, .. }) => {
+            process::mount(&log, &volume, &at)
         }
         Command::Demo(args) => demo::main(args),
         Command::LabInit { args } => holdfast_lab::init::main(args),

@@ -43,6 +43,11 @@ pub fn volume(config: Option<&Path>, channel: i32) -> ExitCode {
     end("the volume server", channel.map_err(Into::into).and_then(|channel| run_volume(config, channel)))
 }
 
+/// `holdfast volume mount`.
+pub fn mount(log: &str, volume: &str, at: &Path) -> ExitCode {
+    end("the mount", log_to_stderr(log).and_then(|()| crate::mount::run(volume, at)))
+}
+
 fn run_volume(config: Option<&Path>, channel: OwnedFd) -> Result<()> {
     let config = set_up(config)?;
     rustls::crypto::ring::default_provider().install_default().ok();
@@ -61,12 +66,17 @@ fn end(who: &str, ended: Result<()>) -> ExitCode {
 
 fn set_up(config: Option<&Path>) -> Result<Config> {
     let config = Config::load(config)?;
-    // What the Raft engine tells at every turn is for its own developers.
-    let filter = EnvFilter::try_new(format!("openraft=error,{}", config.log))
-        .with_context(|| format!("log = {:?} is not a filter", config.log))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    log_to_stderr(&config.log)?;
     std::fs::create_dir_all(&config.run_dir).with_context(|| format!("cannot make {}", config.run_dir.display()))?;
     Ok(config)
+}
+
+fn log_to_stderr(log: &str) -> Result<()> {
+    // What the Raft engine tells at every turn is for its own developers.
+    let filter = EnvFilter::try_new(format!("openraft=error,{log}"))
+        .with_context(|| format!("log = {log:?} is not a filter"))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    Ok(())
 }
 
 fn run_keeper(path: Option<&Path>) -> Result<()> {

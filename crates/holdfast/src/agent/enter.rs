@@ -191,6 +191,7 @@ impl Agent {
         tokio::spawn(self.clone().keep_journals(member));
         tokio::spawn(self.clone().keep_disks(member));
         tokio::spawn(self.clone().keep_holds(member));
+        tokio::spawn(self.clone().keep_mounts(member));
     }
 
     /// One socket for each address that there is, so that it shows which networks

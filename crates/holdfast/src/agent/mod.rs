@@ -24,6 +24,7 @@ mod keeper_link;
 mod lane;
 mod luns;
 mod members;
+mod mounts;
 pub mod peers;
 mod report;
 mod routes;

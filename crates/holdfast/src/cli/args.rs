@@ -475,6 +475,17 @@ pub enum VolumeCommand {
         /// The descriptor on which the keeper speaks.
         channel: i32,
     },
+    /// Show the files of a volume on a LUN at a directory; started by the agent.
+    #[command(hide = true)]
+    Mount {
+        /// What is logged.
+        #[arg(long, value_name = "FILTER", default_value = "info")]
+        log: String,
+        /// The volume.
+        volume: String,
+        /// The directory.
+        at: PathBuf,
+    },
 }
 
 /// `holdfast job`.

@@ -398,7 +398,7 @@ pub async fn volume(client: &Client, command: VolumeCommand, json: bool) -> Done
         VolumeCommand::Repair { name } => {
             return luns::check(&client.post(&format!("/api/v1/volumes/{}/repair", segment(&name)), &()).await?, json);
         }
-        VolumeCommand::Serve { .. } => {
+        VolumeCommand::Serve { .. } | VolumeCommand::Mount { .. } => {
             return Err(super::CliError::Local("this command is not run by the client".into()));
         }
         VolumeCommand::Show { name } => client.get(&format!("/api/v1/volumes/{}", segment(&name))).await?,

@@ -33,6 +33,7 @@ mod lun_full;
 mod lun_owner;
 mod migration;
 mod migration_faults;
+mod mount;
 mod node_removed;
 mod one_way;
 mod outside;
